@@ -1,0 +1,66 @@
+"""Argument checks shared by the ops. Messages read ``"<op>: <arg> must <rule>, got <value>"``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NATIVE_FLOATING = FLOATING[:3]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(op: str, arg: str, value: Any) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {arg} must be a tensor, got {type(value).__name__}")
+
+
+def check_floating(op: str, arg: str, value: Any) -> None:
+    check_tensor(op, arg, value)
+    if value.dtype not in FLOATING:
+        allowed = ", ".join(name_of(d) for d in FLOATING)
+        raise TypeError(f"{op}: {arg} must be one of {allowed}, got {name_of(value.dtype)}")
+
+
+def check_same_device(op: str, arg: str, value: torch.Tensor, like: torch.Tensor, like_name: str) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{op}: {arg} must be on the device of {like_name} ({like.device}), got {value.device}")
+
+
+def check_same_dtype(op: str, arg: str, value: torch.Tensor, like: torch.Tensor, like_name: str) -> None:
+    if value.dtype != like.dtype:
+        raise TypeError(
+            f"{op}: {arg} must have the dtype of {like_name} ({name_of(like.dtype)}), got {name_of(value.dtype)}"
+        )
+
+
+def check_shape(op: str, arg: str, value: torch.Tensor, shape: tuple[int, ...], names: str) -> None:
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{op}: {arg} must have shape {names} = {tuple(shape)}, got {tuple(value.shape)}")
+
+
+def layout_key(t: torch.Tensor | None) -> Any:
+    """All that validation and backend choice depend on, cheap to hash."""
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.device)
+
+
+class Memo:
+    """Remembers which backend a call of known shapes, strides, dtypes and devices takes, so that the checks cost one
+    dictionary lookup from the second call on. Bounded: variable-length inputs must not grow it for ever."""
+
+    def __init__(self, limit: int = 4096) -> None:
+        self._chosen: dict[Any, str] = {}
+        self._limit = limit
+        self.get = self._chosen.get
+
+    def put(self, key: Any, backend: str) -> None:
+        if len(self._chosen) >= self._limit:
+            self._chosen.clear()
+        self._chosen[key] = backend
+
+    def clear(self) -> None:
+        self._chosen.clear()

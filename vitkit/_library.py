@@ -1,0 +1,170 @@
+"""Registration of vitkit's operators with PyTorch, and loading of the native libraries.
+
+Every kernel operator is defined here once: ``vitkit::<op>_fwd`` and ``vitkit::<op>_bwd`` are implemented in C++ for the
+CPU and CUDA dispatch keys, their ``.triton`` overloads in Python. Both overloads share one schema and one fake.
+Nothing is loaded or probed at import: the first call that needs a library loads it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+LIB = torch.library.Library("vitkit", "DEF")
+NATIVE_OF_DEVICE = {"cpu": "_C_cpu", "cuda": "_C_cuda"}
+
+_native_errors: dict[str, str | None] = {}
+_triton_errors: dict[str, str | None] = {}
+
+
+def native_path(name: str) -> Path | None:
+    """The file of the native library ``name`` (``_C_cpu`` or ``_C_cuda``), None if it was not built."""
+    folder = Path(__file__).parent
+    candidates = (folder / f"{name}{suffix}" for suffix in EXTENSION_SUFFIXES)
+    return next((path for path in candidates if path.exists()), None)
+
+
+@torch.compiler.assume_constant_result
+def native_error(name: str) -> str | None:
+    """Loads the native library ``name`` once; None if it is loaded, otherwise the reason it is not."""
+    if name not in _native_errors:
+        path = native_path(name)
+        if path is None:
+            _native_errors[name] = f"{name} is not built (run `vitkit doctor`)"
+        else:
+            try:
+                torch.ops.load_library(str(path))
+                _native_errors[name] = None
+            except OSError as error:
+                _native_errors[name] = f"{name} could not be loaded: {error}"
+    return _native_errors[name]
+
+
+@torch.compiler.assume_constant_result
+def native_kernel_error(op: str, device_type: str) -> str | None:
+    """None if the native forward kernel of ``op`` can be called on ``device_type``, otherwise the reason it cannot."""
+    library = NATIVE_OF_DEVICE[device_type]
+    error = native_error(library)
+    if error is None and not _has_kernel(f"{op}_fwd", device_type):
+        error = f"there is no C++ {op} kernel for {device_type} in {library}"
+    return error
+
+
+def _has_kernel(name: str, device_type: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"vitkit::{name}", device_type.upper())
+
+
+@torch.compiler.assume_constant_result
+def triton_error(device_type: str) -> str | None:
+    """None if Triton kernels can run on ``device_type`` tensors, otherwise the reason they cannot."""
+    if device_type not in _triton_errors:
+        if importlib.util.find_spec("triton") is None:
+            error = "triton is not installed (pip install triton)"
+        elif device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            error = "triton runs on CPU tensors only in its interpreter (set TRITON_INTERPRET=1 before the first import)"
+        elif device_type == "meta":
+            error = "triton cannot run on meta tensors"
+        else:
+            error = None
+        _triton_errors[device_type] = error
+    return _triton_errors[device_type]
+
+
+def _load_then_redispatch(name: str) -> Callable[..., Any]:
+    """The kernel seen by a device whose native library is not loaded yet: loads it and calls the operator again.
+
+    Programs saved by ``torch.export`` call the operator directly, without vitkit's public function before it.
+    """
+
+    def kernel(*args: Any) -> Any:
+        device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+        library = NATIVE_OF_DEVICE.get(device)
+        error = native_error(library) if library else f"there is no native kernel for {device} tensors"
+        if error:
+            raise NotImplementedError(f"vitkit::{name}: {error}")
+        if not _has_kernel(name, device):
+            raise NotImplementedError(f"vitkit::{name}: there is no C++ kernel for {device} in {library}")
+        return getattr(torch.ops.vitkit, name).default(*args)
+
+    return kernel
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    triton: Callable[..., Any],
+    flops: Callable[..., int],
+) -> None:
+    """Defines ``vitkit::name`` (native) and ``vitkit::name.triton`` with one schema, one fake and one FLOP formula.
+
+    Args:
+        name: operator name without namespace.
+        schema: ``"(Tensor x, ...) -> ..."``; the C++ files do not repeat it.
+        fake: output shapes, dtypes and strides for FakeTensor and meta tensors.
+        triton: launcher; it imports its Triton kernel when it is called, not before.
+        flops: FLOPs from the shapes of the arguments, for ``torch.utils.flop_counter``.
+    """
+    for overload in ("", "triton"):
+        qualified = f"{name}.{overload}" if overload else name
+        LIB.define(qualified + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"vitkit::{qualified}", fake, lib=LIB)
+    LIB.impl(name, _load_then_redispatch(name), "CompositeExplicitAutograd")
+    LIB.impl(f"{name}.triton", triton, "CompositeExplicitAutograd")
+    register_flop_formula(getattr(torch.ops.vitkit, name))(flops)
+
+
+def differentiable_backward(
+    reference: Callable[..., Sequence[torch.Tensor]],
+    inputs: Sequence[torch.Tensor | None],
+    grads: Sequence[torch.Tensor | None],
+    needed: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """Gradients through the plain PyTorch reference, themselves differentiable.
+
+    The backward of every op takes this path when gradients of gradients are asked for (``create_graph=True``).
+
+    Args:
+        reference: called with ``inputs``, returns the outputs.
+        grads: one per output, None for an output without gradient.
+        needed: one per input.
+    """
+    with torch.enable_grad():
+        # A view of each input: an input passed twice (q is k) still gets two separate gradients.
+        aliases = [t.view_as(t) if t is not None and n else t for t, n in zip(inputs, needed, strict=True)]
+        outputs = [(o, g) for o, g in zip(reference(*aliases), grads, strict=True) if g is not None]
+        wanted = [t for t, n in zip(aliases, needed, strict=True) if t is not None and n]
+        if not outputs or not wanted:
+            return [None] * len(inputs)
+        results = iter(
+            torch.autograd.grad(
+                [o for o, _ in outputs], wanted, [g for _, g in outputs], create_graph=True, allow_unused=True
+            )
+        )
+    return [next(results) if t is not None and n else None for t, n in zip(aliases, needed, strict=True)]
+
+
+def vmap_by_loop(apply: Callable[..., Any], info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> Any:
+    """The vmap rule of every op: one call per element of the mapped dimension, results stacked at dimension 0."""
+    slices = []
+    for i in range(info.batch_size):
+        slices.append(
+            apply(
+                *(
+                    a.select(d, i) if isinstance(a, torch.Tensor) and d is not None else a
+                    for a, d in zip(args, in_dims, strict=True)
+                )
+            )
+        )
+    if isinstance(slices[0], tuple):
+        stacked = tuple(torch.stack(parts) for parts in zip(*slices, strict=True))
+        return stacked, (0,) * len(stacked)
+    return torch.stack(slices), 0

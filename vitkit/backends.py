@@ -1,0 +1,105 @@
+"""Choice of the backend of a call.
+
+An op offers four backends: ``cuda`` (C++), ``triton``, ``cpu`` (C++) and ``reference`` (plain PyTorch). ``auto`` takes
+the first that can run, in the order of :data:`ORDER`; naming one that cannot run raises its reason and never falls
+back. The environment variable ``VITKIT_BACKEND``, read when vitkit is imported, replaces ``auto``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vitkit import _library
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+DEFAULT = os.environ.get("VITKIT_BACKEND", "auto")
+
+WhyNot = Callable[[str], "str | None"]
+"""Takes a backend name, returns the reason it cannot run the call at hand, None if it can."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """What :func:`explain` needs to know of an op; ``check`` validates a call and returns (device type, why_not)."""
+
+    public: Callable[..., Any]
+    check: Callable[..., tuple[str, WhyNot]]
+
+
+OPS: dict[str, Op] = {}
+
+
+def why_not_device(op: str, backend: str, device_type: str) -> str | None:
+    """The reasons every op shares: wrong device, library not built or not loadable, no such kernel, Triton missing."""
+    if backend == "reference":
+        return None
+    if backend in ("cpu", "cuda"):
+        if device_type != backend:
+            return f"it runs on {backend} tensors, these are on {device_type}"
+        return _library.native_kernel_error(op, device_type)
+    return _library.triton_error(device_type)
+
+
+def select(op: str, backend: str, device_type: str, why_not: WhyNot) -> str:
+    """The backend that runs this call.
+
+    Raises:
+        ValueError: unknown backend, or the backend asked for cannot run; the message holds the reason.
+    """
+    if backend == "auto":
+        backend = DEFAULT
+    if backend == "auto":
+        for candidate in ORDER.get(device_type, ("reference",)):
+            if why_not(candidate) is None:
+                return candidate
+        raise ValueError(f"{op}: no backend can run on {device_type}")
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
+    reason = why_not(backend)
+    if reason is not None:
+        raise ValueError(f"{op}: backend {backend!r} cannot run: {reason}")
+    return backend
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend a call would take and why each other one would not."""
+
+    op: str
+    backend: str
+    reasons: dict[str, str | None]
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self.reasons)
+        lines = [f"vitkit.{self.op} would run on {self.backend!r}"]
+        for name, reason in self.reasons.items():
+            state = "chosen" if name == self.backend else "can run" if reason is None else f"cannot: {reason}"
+            lines.append(f"  {name:<{width}}  {state}")
+        return "\n".join(lines)
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
+    """Says which backend ``vitkit.<op>(*args, **kwargs)`` would run on, and why each other one would not.
+
+    Nothing is computed. Bad arguments raise what the op itself would raise.
+
+    Example:
+        >>> import torch, vitkit
+        >>> x = torch.zeros(1, 8, 4, 4, dtype=torch.float64)
+        >>> vitkit.explain("group_norm_silu", x, 4).backend
+        'reference'
+    """
+    if op not in OPS:
+        raise ValueError(f"explain: op must be one of {sorted(OPS)}, got {op!r}")
+    entry = OPS[op]
+    bound = inspect.signature(entry.public).bind(*args, **kwargs)
+    bound.apply_defaults()
+    backend = bound.arguments.pop("backend")
+    device_type, why_not = entry.check(**bound.arguments)
+    chosen = select(op, backend, device_type, why_not)
+    return Explanation(op, chosen, {name: why_not(name) for name in BACKENDS})

@@ -1,0 +1,1 @@
+"""One file per op: reference, operators, gradient, backend rules, public function."""

@@ -1,0 +1,276 @@
+"""GroupNorm with its neighbours in one pass.
+
+    y = act(GN(x + add[:, :, None...]) * (1 + scale) + shift),   GN(h) = (h - mean) * rstd * weight + bias
+
+mean and rstd are taken over each sample's group of C / num_groups channels and all positions, in float32 (two-pass,
+merged by Chan's formula, never E[x^2] - E[x]^2), whatever the dtype of x, and kept in float32 for the backward pass.
+Results are deterministic: no atomics. Both NCHW and channels_last inputs are read and written in their own layout.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from vitkit import _library, backends
+from vitkit._checks import (
+    NATIVE_FLOATING,
+    Memo,
+    check_floating,
+    check_same_device,
+    check_shape,
+    layout_key,
+    name_of,
+)
+
+NAME = "group_norm_silu"
+_memo = Memo()
+
+
+def reference(
+    x: torch.Tensor,  # [N, C, *]
+    num_groups: int,
+    weight: torch.Tensor | None,  # [C]
+    bias: torch.Tensor | None,  # [C]
+    eps: float,
+    silu: bool,
+    add: torch.Tensor | None,  # [N, C]
+    scale: torch.Tensor | None,  # [N, C]
+    shift: torch.Tensor | None,  # [N, C]
+) -> torch.Tensor:
+    """The specification, in plain PyTorch: any device, any floating dtype, differentiable twice."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    per_channel = (*x.shape[:2], *(1,) * (x.dim() - 2))
+    h = x.to(compute)
+    if add is not None:
+        h = h + add.to(compute).view(per_channel)
+    grouped = h.reshape(x.shape[0], num_groups, x.shape[1] // num_groups, -1)
+    centred = grouped - grouped.mean((2, 3), keepdim=True)
+    variance = centred.square().mean((2, 3), keepdim=True)
+    y = (centred * torch.rsqrt(variance + eps)).reshape(x.shape)
+    if weight is not None:
+        y = y * weight.to(compute).view(1, *per_channel[1:])
+    if bias is not None:
+        y = y + bias.to(compute).view(1, *per_channel[1:])
+    if scale is not None:
+        y = y * (1 + scale.to(compute).view(per_channel))
+    if shift is not None:
+        y = y + shift.to(compute).view(per_channel)
+    if silu:
+        y = F.silu(y)
+    return y.to(x.dtype).contiguous(memory_format=_memory_format(x))
+
+
+def _memory_format(x: torch.Tensor) -> torch.memory_format:
+    """The dense layout of the output: that of x, contiguous where x is neither contiguous nor channels_last."""
+    if not x.is_contiguous():
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            return torch.channels_last
+        if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+            return torch.channels_last_3d
+    return torch.contiguous_format
+
+
+# ---- operators ---------------------------------------------------------------------------------------------------
+
+_OPTIONS = "Tensor? weight, Tensor? bias, {eps}bool silu, Tensor? add, Tensor? scale, Tensor? shift"
+_FWD_SCHEMA = f"(Tensor x, int num_groups, {_OPTIONS.format(eps='float eps, ')}) -> (Tensor, Tensor, Tensor)"
+_BWD_SCHEMA = (
+    f"(Tensor grad, Tensor x, Tensor mean, Tensor rstd, int num_groups, {_OPTIONS.format(eps='')})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _fwd_fake(x, num_groups, weight, bias, eps, silu, add, scale, shift):
+    stats = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
+    return torch.empty_like(x), stats, torch.empty_like(stats)
+
+
+def _bwd_fake(grad, x, mean, rstd, num_groups, weight, bias, silu, add, scale, shift):
+    small = [torch.empty_like(t) if t is not None else x.new_empty(0) for t in (weight, bias, add, scale, shift)]
+    return (torch.empty_like(x), *small)
+
+
+def _fwd_triton(*args: Any):
+    return importlib.import_module("vitkit.kernels.group_norm_silu").forward(*args)
+
+
+def _bwd_triton(*args: Any):
+    return importlib.import_module("vitkit.kernels.group_norm_silu").backward(*args)
+
+
+# Per element: 3 for the statistics, 4 for normalise and affine, 5 for SiLU (exp counted once); backward about twice.
+def _fwd_flops(x_shape, *args, **kwargs) -> int:
+    return 12 * x_shape.numel() if isinstance(x_shape, torch.Size) else 12 * _product(x_shape)
+
+
+def _bwd_flops(grad_shape, *args, **kwargs) -> int:
+    return 2 * _fwd_flops(grad_shape)
+
+
+def _product(shape) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total
+
+
+_library.define("group_norm_silu_fwd", _FWD_SCHEMA, fake=_fwd_fake, triton=_fwd_triton, flops=_fwd_flops)
+_library.define("group_norm_silu_bwd", _BWD_SCHEMA, fake=_bwd_fake, triton=_bwd_triton, flops=_bwd_flops)
+
+
+class _GroupNormSilu(torch.autograd.Function):
+    @staticmethod
+    def forward(x, num_groups, weight, bias, eps, silu, add, scale, shift, overload):
+        op = getattr(torch.ops.vitkit.group_norm_silu_fwd, overload)
+        return op(x, num_groups, weight, bias, eps, silu, add, scale, shift)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.num_groups, weight, bias, ctx.eps, ctx.silu, add, scale, shift, ctx.overload = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(x, mean, rstd, weight, bias, add, scale, shift)
+
+    @staticmethod
+    def backward(ctx, grad, _grad_mean, _grad_rstd):
+        x, mean, rstd, weight, bias, add, scale, shift = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            needed = ctx.needs_input_grad
+            found = _library.differentiable_backward(
+                lambda x, w, b, a, sc, sh: (reference(x, ctx.num_groups, w, b, ctx.eps, ctx.silu, a, sc, sh),),
+                (x, weight, bias, add, scale, shift),
+                (grad,),
+                (needed[0], needed[2], needed[3], *needed[6:9]),
+            )
+        else:
+            # Reading both tensors in one order is what the kernels are written for.
+            grad = grad.contiguous(memory_format=_memory_format(x))
+            op = getattr(torch.ops.vitkit.group_norm_silu_bwd, ctx.overload)
+            found = op(grad, x, mean, rstd, ctx.num_groups, weight, bias, ctx.silu, add, scale, shift)
+        dx, dweight, dbias, dadd, dscale, dshift = found
+        given = (weight, bias, add, scale, shift)
+        dweight, dbias, dadd, dscale, dshift = (
+            g if t is not None else None for g, t in zip((dweight, dbias, dadd, dscale, dshift), given, strict=True)
+        )
+        return dx, None, dweight, dbias, None, None, dadd, dscale, dshift, None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _library.vmap_by_loop(_GroupNormSilu.apply, info, in_dims, args)
+
+
+# ---- checks and choice of the backend ----------------------------------------------------------------------------
+
+
+def _check(x, num_groups, weight=None, bias=None, eps=1e-5, *, activation="silu", add=None, scale=None, shift=None):
+    """Validates a call; returns what backends.select needs."""
+    check_floating(NAME, "x", x)
+    if x.dim() < 2:
+        raise ValueError(f"{NAME}: x must have shape [N, C, *], got {tuple(x.shape)}")
+    if isinstance(num_groups, bool) or not isinstance(num_groups, (int, torch.SymInt)):
+        raise TypeError(f"{NAME}: num_groups must be an int, got {type(num_groups).__name__}")
+    n, c = x.shape[:2]
+    if num_groups < 1 or c == 0 or c % num_groups != 0:
+        raise ValueError(f"{NAME}: num_groups must be at least 1 and divide C = {c}, got {num_groups}")
+    if not isinstance(eps, (int, float)) or not eps >= 0:
+        raise ValueError(f"{NAME}: eps must be a number >= 0, got {eps!r}")
+    if activation not in ("silu", None):
+        raise ValueError(f"{NAME}: activation must be 'silu' or None, got {activation!r}")
+    for arg, value, shape, names in (
+        ("weight", weight, (c,), "[C]"),
+        ("bias", bias, (c,), "[C]"),
+        ("add", add, (n, c), "[N, C]"),
+        ("scale", scale, (n, c), "[N, C]"),
+        ("shift", shift, (n, c), "[N, C]"),
+    ):
+        if value is not None:
+            check_floating(NAME, arg, value)
+            check_same_device(NAME, arg, value, x, "x")
+            check_shape(NAME, arg, value, shape, names)
+    tensors = [t for t in (x, weight, bias, add, scale, shift) if t is not None]
+    return x.device.type, lambda backend: why_not(backend, tensors)
+
+
+def why_not(backend: str, tensors: list[torch.Tensor]) -> str | None:
+    """The reason ``backend`` cannot run this (valid) call, None if it can."""
+    if backend == "reference":
+        return None
+    wide = next((t.dtype for t in tensors if t.dtype not in NATIVE_FLOATING), None)
+    if wide is not None:
+        return f"its kernels take float32, bfloat16 and float16, got {name_of(wide)}"
+    return backends.why_not_device(NAME, backend, tensors[0].device.type)
+
+
+def group_norm_silu(
+    x: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = "silu",
+    add: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """``y = act(GroupNorm(x + add) * (1 + scale) + shift)`` in one pass, with gradients for every tensor.
+
+    Semantics of ``torch.nn.functional.group_norm`` followed by ``silu`` (Wu & He 2018, Group Normalization); ``add`` is
+    the time-embedding addition and ``scale``, ``shift`` the modulation of diffusers' ResnetBlock2D. Statistics and
+    arithmetic are float32 for float32, bfloat16 and float16, float64 for float64.
+
+    Args:
+        x: [N, C, *] floating point; contiguous and channels_last(_3d) inputs give outputs of the same layout, other
+            strides are copied to contiguous first.
+        num_groups: divides C.
+        weight, bias: [C], any floating dtype.
+        eps: added to the variance.
+        activation: ``"silu"`` or None.
+        add, scale, shift: [N, C], any floating dtype, broadcast over positions.
+        backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``.
+
+    Returns:
+        [N, C, *] in the dtype of x.
+
+    Raises:
+        TypeError, ValueError: an argument breaks a rule above, or the backend asked for cannot run.
+
+    Example:
+        >>> import torch, vitkit
+        >>> x = torch.randn(2, 32, 8, 8)
+        >>> y = vitkit.group_norm_silu(x, 8, torch.ones(32), torch.zeros(32))
+        >>> torch.allclose(y, torch.nn.functional.silu(torch.nn.functional.group_norm(x, 8)), atol=1e-5)
+        True
+    """
+    silu = activation == "silu"
+    chosen = None
+    if not torch.compiler.is_compiling() and isinstance(x, torch.Tensor):
+        key = (layout_key(x), num_groups, weight is None, bias is None, eps, activation, backend, *map(
+            layout_key, (t for t in (weight, bias, add, scale, shift) if t is not None)
+        ), add is None, scale is None, shift is None)  # fmt: skip
+        chosen = _memo.get(key)
+    if chosen is None:
+        device_type, reasons = _check(
+            x, num_groups, weight, bias, eps, activation=activation, add=add, scale=scale, shift=shift
+        )
+        chosen = backends.select(NAME, backend, device_type, reasons)
+        if not torch.compiler.is_compiling():
+            _memo.put(key, chosen)
+    if chosen == "reference":
+        return reference(x, num_groups, weight, bias, eps, silu, add, scale, shift)
+    x = x.contiguous(memory_format=_memory_format(x))
+    overload = "triton" if chosen == "triton" else "default"
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias, add, scale, shift)
+    ):
+        return _GroupNormSilu.apply(x, num_groups, weight, bias, float(eps), silu, add, scale, shift, overload)[0]
+    op = getattr(torch.ops.vitkit.group_norm_silu_fwd, overload)
+    return op(x, num_groups, weight, bias, eps, silu, add, scale, shift)[0]
+
+
+backends.OPS[NAME] = backends.Op(group_norm_silu, _check)
