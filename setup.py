@@ -24,7 +24,8 @@ plan = native.plan()
 
 
 class BuildNative(build_ext):
-    """Runs csrc/build.py once for all extensions. A failing compiler costs the kernels, not the install."""
+    """Runs csrc/build.py once for all extensions. A failing compiler costs the kernels, not the
+    install."""
 
     def run(self):
         self._ran = False
@@ -39,7 +40,8 @@ class BuildNative(build_ext):
             native.build(out_dir, ROOT / "build" / "native", plan)
         except subprocess.CalledProcessError as error:
             print(
-                f"vitkit: the native build failed ({error}); installing without it. `vitkit doctor` says how to mend it.",
+                f"vitkit: the native build failed ({error}); installing without it."
+                " `vitkit doctor` says how to mend it.",
                 file=sys.stderr,
             )
 

@@ -2,11 +2,13 @@
 
 Three shared libraries come out of ``csrc/``:
 
-``_C_cpu``    CPU kernels. Every ``cpu/*_kernel.cpp`` is compiled once per instruction set, other files once.
+``_C_cpu``    CPU kernels. Every ``cpu/*_kernel.cpp`` is compiled once per instruction set, other
+files once.
 ``_C_cuda``   CUDA kernels, when nvcc is found. No GPU is needed to build them.
 ``_runtime``  a pybind11 module with the facts of this build.
 
-``_C_cpu`` and ``_C_cuda`` use LibTorch's stable ABI only (target 2.10), so one build serves every later torch.
+``_C_cpu`` and ``_C_cuda`` use LibTorch's stable ABI only (target 2.10), so one build serves every
+later torch.
 ``setup.py`` calls :func:`plan` and :func:`build`; ``python csrc/build.py`` rebuilds in place.
 """
 
@@ -31,7 +33,8 @@ EXT_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"  # torch 2.10
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
 CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", *WARNINGS]
-# No -ffast-math: kernels rely on NaN, infinities and signed zeros. These two change no result, only errno and traps.
+# No -ffast-math: kernels rely on NaN, infinities and signed zeros. These two change no result, only
+# errno and traps.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-fno-exceptions"]
 ISA_FLAGS = {
     "base": [],
@@ -90,20 +93,29 @@ def _cuda_archs() -> list[str]:
 
 def plan() -> Plan:
     """Looks at this machine and says which libraries can be built."""
-    p = Plan(torch_dir=_find_torch(), cxx=os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
+    p = Plan(
+        torch_dir=_find_torch(),
+        cxx=os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"),
+    )
     if importlib.util.find_spec("ninja") is None and shutil.which("ninja") is None:
-        p.missing = dict.fromkeys(("_C_cpu", "_C_cuda", "_runtime"), "ninja is not installed: pip install ninja")
+        p.missing = dict.fromkeys(
+            ("_C_cpu", "_C_cuda", "_runtime"), "ninja is not installed: pip install ninja"
+        )
         return p
     if p.cxx is None or not _compiles(p.cxx, CXX_FLAGS):
         reason = "no C++20 compiler found: install g++ (Debian, Ubuntu: apt-get install g++)"
         p.missing = dict.fromkeys(("_C_cpu", "_C_cuda", "_runtime"), reason)
         return p
     x86 = platform.machine() in ("x86_64", "AMD64")
-    p.isas = [isa for isa, flags in ISA_FLAGS.items() if isa == "base" or (x86 and _compiles(p.cxx, flags))]
+    p.isas = [
+        isa
+        for isa, flags in ISA_FLAGS.items()
+        if isa == "base" or (x86 and _compiles(p.cxx, flags))
+    ]
     if importlib.util.find_spec("pybind11") is None:
         p.missing["_runtime"] = "pybind11 is not installed: pip install pybind11"
     if p.torch_dir is None:
-        reason = "torch is not visible to the build: pip install torch, then build with --no-build-isolation"
+        reason = "torch is not visible to the build: build with --no-build-isolation"
         p.missing["_C_cpu"] = p.missing["_C_cuda"] = reason
         return p
     p.nvcc = _find_nvcc()
@@ -122,7 +134,13 @@ def _torch_flags(p: Plan) -> tuple[list[str], list[str]]:
     assert p.torch_dir is not None
     lib = p.torch_dir / "lib"
     compile_flags = [STABLE_ABI, f"-isystem{p.torch_dir / 'include'}"]
-    return compile_flags, ["-Wl,--no-as-needed", f"-L{lib}", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
+    return compile_flags, [
+        "-Wl,--no-as-needed",
+        f"-L{lib}",
+        "-ltorch",
+        "-ltorch_cpu",
+        "-Wl,--as-needed",
+    ]
 
 
 def _cpu_objects(p: Plan, have: list[str]) -> list[tuple[Path, str, list[str]]]:
@@ -172,7 +190,13 @@ def write_ninja(p: Plan, build_dir: Path, out_dir: Path) -> Path:
 
     def link(name: str, linker: str, objects: list[str], flags: list[str]) -> None:
         out = out_dir / f"{name}{EXT_SUFFIX}"
-        lines.extend([f"build {out}: link {' '.join(objects)}", f"  linker = {linker}", f"  flags = {' '.join(flags)}"])
+        lines.extend(
+            [
+                f"build {out}: link {' '.join(objects)}",
+                f"  linker = {linker}",
+                f"  flags = {' '.join(flags)}",
+            ]
+        )
         defaults.append(str(out))
 
     assert p.cxx is not None
@@ -185,14 +209,34 @@ def write_ninja(p: Plan, build_dir: Path, out_dir: Path) -> Path:
         ]
         link("_C_cpu", p.cxx, objects, ["-shared", *_torch_flags(p)[1], "-lpthread"])
     if "_C_cuda" in p.targets:
-        assert p.nvcc is not None
+        assert p.nvcc is not None and p.torch_dir is not None
         gencode = [f"-gencode arch=compute_{a},code=sm_{a}" for a in p.cuda_archs]
-        flags = ["-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-lineinfo", "-DUSE_CUDA", *gencode]
-        flags += ["--threads 2", f"-ccbin {p.cxx}", STABLE_ABI, f"-isystem {p.torch_dir / 'include'}"]  # type: ignore[operator]
+        flags = [
+            "-O3",
+            "-std=c++20",
+            "-Xcompiler",
+            "-fPIC,-fvisibility=hidden",
+            "-lineinfo",
+            "-DUSE_CUDA",
+            *gencode,
+        ]
+        flags += [
+            "--threads 2",
+            f"-ccbin {p.cxx}",
+            STABLE_ABI,
+            f"-isystem {p.torch_dir / 'include'}",
+        ]
         flags += _include(CSRC / "core", CSRC / "cuda", CSRC)
-        objects = [unit("nvcc", p.nvcc, s, "cuda", flags) for s in sorted((CSRC / "cuda").glob("*.cu"))]
+        objects = [
+            unit("nvcc", p.nvcc, s, "cuda", flags) for s in sorted((CSRC / "cuda").glob("*.cu"))
+        ]
         torch_link = [f"-Xlinker {f}" if f.startswith("-Wl") else f for f in _torch_flags(p)[1]]
-        link("_C_cuda", p.nvcc, objects, ["-shared", "-cudart static", *(f.replace("-Wl,", "") for f in torch_link)])
+        link(
+            "_C_cuda",
+            p.nvcc,
+            objects,
+            ["-shared", "-cudart static", *(f.replace("-Wl,", "") for f in torch_link)],
+        )
     if "_runtime" in p.targets:
         import pybind11
 
@@ -209,8 +253,13 @@ def write_ninja(p: Plan, build_dir: Path, out_dir: Path) -> Path:
         text = f'#define VITKIT_BUILD_FACTS R"json({facts})json"\n'
         if not header.exists() or header.read_text() != text:
             header.write_text(text)
-        flags = [*CXX_FLAGS, *_include(build_dir, pybind11.get_include(), sysconfig.get_paths()["include"])]
-        objects = [unit("cxx", p.cxx, s, "py", flags) for s in sorted((CSRC / "runtime").glob("*.cpp"))]
+        flags = [
+            *CXX_FLAGS,
+            *_include(build_dir, pybind11.get_include(), sysconfig.get_paths()["include"]),
+        ]
+        objects = [
+            unit("cxx", p.cxx, s, "py", flags) for s in sorted((CSRC / "runtime").glob("*.cpp"))
+        ]
         link("_runtime", p.cxx, objects, ["-shared"])
     lines.append(f"default {' '.join(defaults)}")
     path = build_dir / "build.ninja"
@@ -219,7 +268,11 @@ def write_ninja(p: Plan, build_dir: Path, out_dir: Path) -> Path:
 
 
 def _version(tool: str) -> str:
-    text = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout.strip().splitlines()
+    text = (
+        subprocess.run([tool, "--version"], capture_output=True, text=True)
+        .stdout.strip()
+        .splitlines()
+    )
     return next((line for line in text if "release" in line), text[0] if text else tool)
 
 
@@ -232,7 +285,8 @@ def _ninja() -> list[str]:
 
 
 def _jobs() -> int:
-    """One job per core, but at least 3 GB of memory each (nvcc and AVX-512 units are the hungry ones)."""
+    """One job per core, but at least 3 GB of memory each (nvcc and AVX-512 units are the hungry
+    ones)."""
     try:
         gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     except (ValueError, OSError):
@@ -241,7 +295,8 @@ def _jobs() -> int:
 
 
 def build(out_dir: Path, build_dir: Path, p: Plan | None = None) -> Plan:
-    """Builds what can be built into ``out_dir``; raises CalledProcessError when a compiler fails."""
+    """Builds what can be built into ``out_dir``; raises CalledProcessError when a compiler
+    fails."""
     p = p or plan()
     for name, reason in p.missing.items():
         print(f"vitkit: {name} is not built: {reason}", file=sys.stderr)

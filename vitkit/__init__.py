@@ -1,16 +1,17 @@
 """vitkit: fused kernels for vision models, on GPUs and plain CPUs.
 
-Ops are functions on tensors; ``patch`` swaps them into a model that exists. Importing vitkit imports torch and nothing
+Ops are functions on tensors; ``patch`` swaps them into a model that exists. Importing vitkit
+imports torch and nothing
 heavy: kernels, Triton and host libraries load when they are first used.
 """
 
+from vitkit._version import __version__
 from vitkit.backends import explain
 from vitkit.ops.flash_attention import flash_attention
 from vitkit.ops.group_norm_silu import group_norm_silu
 
-from vitkit._version import __version__
-
 __all__ = [
+    "__version__",
     "explain",
     "flash_attention",
     "group_norm_silu",

@@ -26,21 +26,30 @@ def check_floating(op: str, arg: str, value: Any) -> None:
         raise TypeError(f"{op}: {arg} must be one of {allowed}, got {name_of(value.dtype)}")
 
 
-def check_same_device(op: str, arg: str, value: torch.Tensor, like: torch.Tensor, like_name: str) -> None:
+def check_same_device(
+    op: str, arg: str, value: torch.Tensor, like: torch.Tensor, like_name: str
+) -> None:
     if value.device != like.device:
-        raise ValueError(f"{op}: {arg} must be on the device of {like_name} ({like.device}), got {value.device}")
+        raise ValueError(
+            f"{op}: {arg} must be on the device of {like_name} ({like.device}), got {value.device}"
+        )
 
 
-def check_same_dtype(op: str, arg: str, value: torch.Tensor, like: torch.Tensor, like_name: str) -> None:
+def check_same_dtype(
+    op: str, arg: str, value: torch.Tensor, like: torch.Tensor, like_name: str
+) -> None:
     if value.dtype != like.dtype:
         raise TypeError(
-            f"{op}: {arg} must have the dtype of {like_name} ({name_of(like.dtype)}), got {name_of(value.dtype)}"
+            f"{op}: {arg} must have the dtype of {like_name} ({name_of(like.dtype)}),"
+            f" got {name_of(value.dtype)}"
         )
 
 
 def check_shape(op: str, arg: str, value: torch.Tensor, shape: tuple[int, ...], names: str) -> None:
     if tuple(value.shape) != tuple(shape):
-        raise ValueError(f"{op}: {arg} must have shape {names} = {tuple(shape)}, got {tuple(value.shape)}")
+        raise ValueError(
+            f"{op}: {arg} must have shape {names} = {tuple(shape)}, got {tuple(value.shape)}"
+        )
 
 
 def layout_key(t: torch.Tensor | None) -> Any:
@@ -49,8 +58,9 @@ def layout_key(t: torch.Tensor | None) -> Any:
 
 
 class Memo:
-    """Remembers which backend a call of known shapes, strides, dtypes and devices takes, so that the checks cost one
-    dictionary lookup from the second call on. Bounded: variable-length inputs must not grow it for ever."""
+    """Remembers which backend a call of known shapes, strides, dtypes and devices takes, so that
+    the checks cost one dictionary lookup from the second call on. Bounded: variable-length inputs
+    must not grow it for ever."""
 
     def __init__(self, limit: int = 4096) -> None:
         self._chosen: dict[Any, str] = {}

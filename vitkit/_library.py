@@ -1,7 +1,8 @@
 """Registration of vitkit's operators with PyTorch, and loading of the native libraries.
 
-Every kernel operator is defined here once: ``vitkit::<op>_fwd`` and ``vitkit::<op>_bwd`` are implemented in C++ for the
-CPU and CUDA dispatch keys, their ``.triton`` overloads in Python. Both overloads share one schema and one fake.
+Every kernel operator is defined here once: ``vitkit::<op>_fwd`` and ``vitkit::<op>_bwd`` are
+implemented in C++ for the CPU and CUDA dispatch keys, their ``.triton`` overloads in Python. Both
+overloads share one schema and one fake.
 Nothing is loaded or probed at import: the first call that needs a library loads it.
 """
 
@@ -25,7 +26,8 @@ _triton_errors: dict[str, str | None] = {}
 
 
 def native_path(name: str) -> Path | None:
-    """The file of the native library ``name`` (``_C_cpu`` or ``_C_cuda``), None if it was not built."""
+    """The file of the native library ``name`` (``_C_cpu`` or ``_C_cuda``), None if it was not
+    built."""
     folder = Path(__file__).parent
     candidates = (folder / f"{name}{suffix}" for suffix in EXTENSION_SUFFIXES)
     return next((path for path in candidates if path.exists()), None)
@@ -33,7 +35,8 @@ def native_path(name: str) -> Path | None:
 
 @torch.compiler.assume_constant_result
 def native_error(name: str) -> str | None:
-    """Loads the native library ``name`` once; None if it is loaded, otherwise the reason it is not."""
+    """Loads the native library ``name`` once; None if it is loaded, otherwise the reason it is
+    not."""
     if name not in _native_errors:
         path = native_path(name)
         if path is None:
@@ -49,7 +52,8 @@ def native_error(name: str) -> str | None:
 
 @torch.compiler.assume_constant_result
 def native_kernel_error(op: str, device_type: str) -> str | None:
-    """None if the native forward kernel of ``op`` can be called on ``device_type``, otherwise the reason it cannot."""
+    """None if the native forward kernel of ``op`` can be called on ``device_type``, otherwise the
+    reason it cannot."""
     library = NATIVE_OF_DEVICE[device_type]
     error = native_error(library)
     if error is None and not _has_kernel(f"{op}_fwd", device_type):
@@ -63,12 +67,16 @@ def _has_kernel(name: str, device_type: str) -> bool:
 
 @torch.compiler.assume_constant_result
 def triton_error(device_type: str) -> str | None:
-    """None if Triton kernels can run on ``device_type`` tensors, otherwise the reason they cannot."""
+    """None if Triton kernels can run on ``device_type`` tensors, otherwise the reason they
+    cannot."""
     if device_type not in _triton_errors:
         if importlib.util.find_spec("triton") is None:
             error = "triton is not installed (pip install triton)"
         elif device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            error = "triton runs on CPU tensors only in its interpreter (set TRITON_INTERPRET=1 before the first import)"
+            error = (
+                "triton runs on CPU tensors only in its interpreter"
+                " (set TRITON_INTERPRET=1 before the first import)"
+            )
         elif device_type == "meta":
             error = "triton cannot run on meta tensors"
         else:
@@ -78,19 +86,25 @@ def triton_error(device_type: str) -> str | None:
 
 
 def _load_then_redispatch(name: str) -> Callable[..., Any]:
-    """The kernel seen by a device whose native library is not loaded yet: loads it and calls the operator again.
+    """The kernel seen by a device whose native library is not loaded yet: loads it and calls the
+    operator again.
 
-    Programs saved by ``torch.export`` call the operator directly, without vitkit's public function before it.
+    Programs saved by ``torch.export`` call the operator directly, without vitkit's public function
+    before it.
     """
 
     def kernel(*args: Any) -> Any:
         device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
         library = NATIVE_OF_DEVICE.get(device)
-        error = native_error(library) if library else f"there is no native kernel for {device} tensors"
+        error = (
+            native_error(library) if library else f"there is no native kernel for {device} tensors"
+        )
         if error:
             raise NotImplementedError(f"vitkit::{name}: {error}")
         if not _has_kernel(name, device):
-            raise NotImplementedError(f"vitkit::{name}: there is no C++ kernel for {device} in {library}")
+            raise NotImplementedError(
+                f"vitkit::{name}: there is no C++ kernel for {device} in {library}"
+            )
         return getattr(torch.ops.vitkit, name).default(*args)
 
     return kernel
@@ -104,7 +118,8 @@ def define(
     triton: Callable[..., Any],
     flops: Callable[..., int],
 ) -> None:
-    """Defines ``vitkit::name`` (native) and ``vitkit::name.triton`` with one schema, one fake and one FLOP formula.
+    """Defines ``vitkit::name`` (native) and ``vitkit::name.triton`` with one schema, one fake and
+    one FLOP formula.
 
     Args:
         name: operator name without namespace.
@@ -130,7 +145,8 @@ def differentiable_backward(
 ) -> list[torch.Tensor | None]:
     """Gradients through the plain PyTorch reference, themselves differentiable.
 
-    The backward of every op takes this path when gradients of gradients are asked for (``create_graph=True``).
+    The backward of every op takes this path when gradients of gradients are asked for
+    (``create_graph=True``).
 
     Args:
         reference: called with ``inputs``, returns the outputs.
@@ -139,21 +155,49 @@ def differentiable_backward(
     """
     with torch.enable_grad():
         # A view of each input: an input passed twice (q is k) still gets two separate gradients.
-        aliases = [t.view_as(t) if t is not None and n else t for t, n in zip(inputs, needed, strict=True)]
+        aliases = [
+            t.view_as(t) if t is not None and n else t for t, n in zip(inputs, needed, strict=True)
+        ]
         outputs = [(o, g) for o, g in zip(reference(*aliases), grads, strict=True) if g is not None]
         wanted = [t for t, n in zip(aliases, needed, strict=True) if t is not None and n]
         if not outputs or not wanted:
             return [None] * len(inputs)
         results = iter(
             torch.autograd.grad(
-                [o for o, _ in outputs], wanted, [g for _, g in outputs], create_graph=True, allow_unused=True
+                [o for o, _ in outputs],
+                wanted,
+                [g for _, g in outputs],
+                create_graph=True,
+                allow_unused=True,
             )
         )
-    return [next(results) if t is not None and n else None for t, n in zip(aliases, needed, strict=True)]
+    return [
+        next(results) if t is not None and n else None for t, n in zip(aliases, needed, strict=True)
+    ]
 
 
-def vmap_by_loop(apply: Callable[..., Any], info: Any, in_dims: Sequence[int | None], args: Sequence[Any]) -> Any:
-    """The vmap rule of every op: one call per element of the mapped dimension, results stacked at dimension 0."""
+def distinct(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """The same tensors, a view in place of each repeated one: Dynamo cannot trace an
+    autograd.Function that is given one tensor twice (q is k in self-attention without projections,
+    one cu_seqlens for both sides)."""
+    seen: list[torch.Tensor] = []
+    result: list[torch.Tensor | None] = []
+    for t in tensors:
+        if t is not None and any(t is other for other in seen):
+            t = t.view_as(t)
+        elif t is not None:
+            seen.append(t)
+        result.append(t)
+    return tuple(result)
+
+
+def vmap_by_loop(
+    apply: Callable[..., Any], info: Any, in_dims: Sequence[int | None], args: Sequence[Any]
+) -> Any:
+    """The vmap rule of every op: one call per element of the mapped dimension, results stacked at
+    dimension 0."""
+    if info.batch_size == 0:
+        raise ValueError("vmap over an empty dimension is not supported by vitkit ops")
     slices = []
     for i in range(info.batch_size):
         slices.append(

@@ -1,8 +1,9 @@
 """Choice of the backend of a call.
 
-An op offers four backends: ``cuda`` (C++), ``triton``, ``cpu`` (C++) and ``reference`` (plain PyTorch). ``auto`` takes
-the first that can run, in the order of :data:`ORDER`; naming one that cannot run raises its reason and never falls
-back. The environment variable ``VITKIT_BACKEND``, read when vitkit is imported, replaces ``auto``.
+An op offers four backends: ``cuda`` (C++), ``triton``, ``cpu`` (C++) and ``reference`` (plain
+PyTorch). ``auto`` takes the first that can run, in the order of :data:`ORDER`; naming one that
+cannot run raises its reason and never falls back. The environment variable ``VITKIT_BACKEND``, read
+when vitkit is imported, replaces ``auto``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ WhyNot = Callable[[str], "str | None"]
 
 @dataclass(frozen=True)
 class Op:
-    """What :func:`explain` needs to know of an op; ``check`` validates a call and returns (device type, why_not)."""
+    """What :func:`explain` needs to know of an op; ``check`` validates a call and returns (device
+    type, why_not)."""
 
     public: Callable[..., Any]
     check: Callable[..., tuple[str, WhyNot]]
@@ -35,7 +37,8 @@ OPS: dict[str, Op] = {}
 
 
 def why_not_device(op: str, backend: str, device_type: str) -> str | None:
-    """The reasons every op shares: wrong device, library not built or not loadable, no such kernel, Triton missing."""
+    """The reasons every op shares: wrong device, library not built or not loadable, no such kernel,
+    Triton missing."""
     if backend == "reference":
         return None
     if backend in ("cpu", "cuda"):
@@ -49,7 +52,8 @@ def select(op: str, backend: str, device_type: str, why_not: WhyNot) -> str:
     """The backend that runs this call.
 
     Raises:
-        ValueError: unknown backend, or the backend asked for cannot run; the message holds the reason.
+        ValueError: unknown backend, or the backend asked for cannot run; the message holds the
+            reason.
     """
     if backend == "auto":
         backend = DEFAULT
@@ -78,13 +82,20 @@ class Explanation:
         width = max(len(name) for name in self.reasons)
         lines = [f"vitkit.{self.op} would run on {self.backend!r}"]
         for name, reason in self.reasons.items():
-            state = "chosen" if name == self.backend else "can run" if reason is None else f"cannot: {reason}"
+            state = (
+                "chosen"
+                if name == self.backend
+                else "can run"
+                if reason is None
+                else f"cannot: {reason}"
+            )
             lines.append(f"  {name:<{width}}  {state}")
         return "\n".join(lines)
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
-    """Says which backend ``vitkit.<op>(*args, **kwargs)`` would run on, and why each other one would not.
+    """Says which backend ``vitkit.<op>(*args, **kwargs)`` would run on, and why each other one
+    would not.
 
     Nothing is computed. Bad arguments raise what the op itself would raise.
 

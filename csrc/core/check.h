@@ -1,5 +1,6 @@
-// Checks of the C++ host files. User errors are found in Python, before anything runs and identically for every
-// backend (vitkit/ops); these guard the operator's own contract when it is called directly.
+// Checks of the C++ host files. User errors are found in Python, before anything runs and
+// identically for every backend (vitkit/ops); these guard the operator's own contract when it is
+// called directly.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

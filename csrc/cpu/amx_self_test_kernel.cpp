@@ -1,5 +1,5 @@
-// One 16x16x32 bf16 tile product against plain arithmetic, run once before AMX is chosen: an emulator or hypervisor
-// that advertises AMX but gets it wrong must cost speed, never numbers.
+// One 16x16x32 bf16 tile product against plain arithmetic, run once before AMX is chosen: an
+// emulator or hypervisor that advertises AMX but gets it wrong must cost speed, never numbers.
 #include "simd.h"
 
 #if defined(__AMX_BF16__)

@@ -1,4 +1,5 @@
-// Run-time choice of the instruction set, and its two C entry points for Python (tests force a lower set with them).
+// Run-time choice of the instruction set, and its two C entry points for Python (tests force a
+// lower set with them).
 #include "isa.h"
 
 #include <atomic>
@@ -37,7 +38,8 @@ Isa detect() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
 #if defined(VITKIT_HAVE_AVX2)
-  // f16c has no name in __builtin_cpu_supports of older compilers; every CPU with AVX2 and FMA has it.
+  // f16c has no name in __builtin_cpu_supports of older compilers; every CPU with AVX2 and FMA has
+  // it.
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::base;
 #if defined(VITKIT_HAVE_AVX512)
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
@@ -88,7 +90,8 @@ __attribute__((visibility("default"))) const char* vitkit_cpu_isa() {
   return vitkit::cpu::kNames[int(vitkit::cpu::active_isa())];
 }
 
-// Uses `name` from now on ("auto" undoes it). Returns 0, or 1 if this machine or build cannot run it.
+// Uses `name` from now on ("auto" undoes it). Returns 0, or 1 if this machine or build cannot run
+// it.
 __attribute__((visibility("default"))) int vitkit_force_cpu_isa(const char* name) {
   if (std::strcmp(name, "auto") == 0) {
     vitkit::cpu::forced = -1;

@@ -1,5 +1,6 @@
-// Which instruction set the CPU kernels run with. One shared library holds every kernel compiled for each set; the
-// choice is made once per process from CPUID, the operating system and a self-test of the tile unit.
+// Which instruction set the CPU kernels run with. One shared library holds every kernel compiled
+// for each set; the choice is made once per process from CPUID, the operating system and a
+// self-test of the tile unit.
 #pragma once
 
 namespace vitkit::cpu {
@@ -8,13 +9,14 @@ enum class Isa { base = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
 Isa active_isa();
 
-// True on the calling thread once the operating system has granted it the AMX tile registers (Linux: arch_prctl).
+// True on the calling thread once the operating system has granted it the AMX tile registers
+// (Linux: arch_prctl).
 bool request_amx();
 
 }  // namespace vitkit::cpu
 
-// A kernel file defines `const Table& <op>_kernels()` in each namespace; the host file declares them with
-// VITKIT_ISA_TABLE(Table, op_kernels) and calls vitkit::cpu::op_kernels().
+// A kernel file defines `const Table& <op>_kernels()` in each namespace; the host file declares
+// them with VITKIT_ISA_TABLE(Table, op_kernels) and calls vitkit::cpu::op_kernels().
 #if defined(VITKIT_HAVE_AVX2)
 #define VITKIT_IF_AVX2(...) __VA_ARGS__
 #else

@@ -1,6 +1,6 @@
-// parallel_for over torch's own intra-op pool (torch.set_num_threads is obeyed, nested calls run serially as torch's
-// do). A child made by fork() inherits no pool threads, and GNU OpenMP would wait for them for ever: there the work
-// runs on the calling thread.
+// parallel_for over torch's own intra-op pool (torch.set_num_threads is obeyed, nested calls run
+// serially as torch's do). A child made by fork() inherits no pool threads, and GNU OpenMP would
+// wait for them for ever: there the work runs on the calling thread.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

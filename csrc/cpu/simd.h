@@ -1,14 +1,14 @@
 // SIMD vocabulary of the CPU kernels.
 //
-// A kernel file (`*_kernel.cpp`) is compiled once per instruction set with -DVITKIT_ISA=<name> and the matching -march
-// flags; the host file picks one table of function pointers at run time (isa.h). Everything here therefore lives in
-// namespace vitkit::cpu::<name>: an inline function with vague linkage compiled for AVX-512 must never be merged by
-// the linker with its twin compiled for the baseline. For the same reason kernel files use no std:: containers or
-// algorithms.
+// A kernel file (`*_kernel.cpp`) is compiled once per instruction set with -DVITKIT_ISA=<name> and
+// the matching -march flags; the host file picks one table of function pointers at run time
+// (isa.h). Everything here therefore lives in namespace vitkit::cpu::<name>: an inline function
+// with vague linkage compiled for AVX-512 must never be merged by the linker with its twin compiled
+// for the baseline. For the same reason kernel files use no std:: containers or algorithms.
 //
-// Vectors are GCC/Clang vector extensions, so the same source is legal for every width (the compiler splits a 64-byte
-// vector on an AVX2 machine: that is how the tests run the 16-lane code without AVX-512). Intrinsics appear only where
-// the extensions cannot say it.
+// Vectors are GCC/Clang vector extensions, so the same source is legal for every width (the
+// compiler splits a 64-byte vector on an AVX2 machine: that is how the tests run the 16-lane code
+// without AVX-512). Intrinsics appear only where the extensions cannot say it.
 #pragma once
 
 #include <cmath>
@@ -52,7 +52,8 @@ struct f16 {
   uint16_t bits;
 };
 
-// ---- scalar conversions -----------------------------------------------------------------------------------------
+// ---- scalar conversions
+// -----------------------------------------------------------------------------------------
 
 VITKIT_INLINE float to_float(float x) { return x; }
 
@@ -67,8 +68,8 @@ VITKIT_INLINE float to_float(f16 x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
 #else
-  // Shift the 15 magnitude bits into place and rescale by 2^112: subnormals come out right, inf/nan need their
-  // exponent restored.
+  // Shift the 15 magnitude bits into place and rescale by 2^112: subnormals come out right, inf/nan
+  // need their exponent restored.
   const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
   float f;
   std::memcpy(&f, &magnitude, 4);
@@ -116,7 +117,8 @@ VITKIT_INLINE void from_float(float x, f16* y) {
 #endif
 }
 
-// ---- vector load and store, always computing in float32 ---------------------------------------------------------
+// ---- vector load and store, always computing in float32
+// ---------------------------------------------------------
 
 VITKIT_INLINE f32v splat(float x) { return x - f32v{}; }
 
@@ -182,7 +184,8 @@ VITKIT_INLINE void store(f16* p, f32v v) {
 #endif
 }
 
-// The first n (0 <= n <= kLanes) elements; the rest of a load is `fill`, the rest of memory is not touched.
+// The first n (0 <= n <= kLanes) elements; the rest of a load is `fill`, the rest of memory is not
+// touched.
 template <typename T>
 VITKIT_INLINE f32v load_partial(const T* p, int n, float fill = 0.f) {
   if (n >= kLanes) return load(p);
@@ -203,7 +206,8 @@ VITKIT_INLINE void store_partial(T* p, f32v v, int n) {
   std::memcpy(p, buffer, n * sizeof(T));
 }
 
-// ---- arithmetic --------------------------------------------------------------------------------------------------
+// ---- arithmetic
+// --------------------------------------------------------------------------------------------------
 
 // a * b + c; contracted to one FMA where the target has it (-ffp-contract=fast).
 VITKIT_INLINE f32v fma(f32v a, f32v b, f32v c) { return a * b + c; }
@@ -236,8 +240,8 @@ VITKIT_INLINE float reduce_max(f32v v) {
 #endif
 }
 
-// 2^x for x in (-inf, 127], flushing results below 2^-126 to 0. Relative error < 1.2e-7 (degree 6), which is one
-// rounding of float32. NaN in, NaN out; -inf gives 0.
+// 2^x for x in (-inf, 127], flushing results below 2^-126 to 0. Relative error < 1.2e-7 (degree 6),
+// which is one rounding of float32. NaN in, NaN out; -inf gives 0.
 VITKIT_INLINE f32v exp2_bounded(f32v x) {
   const f32v clamped = x < -126.5f ? splat(-126.5f) : x;
 #if defined(__AVX512F__) && VITKIT_SIMD_LANES == 16

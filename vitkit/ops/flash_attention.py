@@ -1,15 +1,18 @@
 """Exact attention by online softmax, without the [B, H, Nq, Nk] score matrix.
 
-    out_i = sum_j softmax_j(scale * q_i . k_j + bias_ij) v_j,    lse_i = log sum_j exp(scale * q_i . k_j + bias_ij)
+    s_ij = scale * q_i . k_j + bias_ij,   out_i = sum_j softmax_j(s_ij) v_j,
+    lse_i = log sum_j exp(s_ij)
 
-Dense batches [B, N, H, D] or packed sequences [T, H, D] with cu_seqlens. Scores, softmax statistics and accumulators
-are float32 (float64 in the reference for float64 inputs). A row that may attend nothing gives out 0, lse -inf and zero
-gradients. Deterministic: no atomics. The gradient of a bias is reduced to the bias's own shape inside the kernels.
+Dense batches [B, N, H, D] or packed sequences [T, H, D] with cu_seqlens. Scores, softmax statistics
+and accumulators are float32 (float64 in the reference for float64 inputs). A row that may attend
+nothing gives out 0, lse -inf and zero gradients. Deterministic: no atomics. The gradient of a bias
+is reduced to the bias's own shape inside the kernels.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import weakref
 from typing import Any
@@ -44,7 +47,8 @@ def reference(
     causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The specification, in plain PyTorch: any device, any floating dtype, any head dim, differentiable twice."""
+    """The specification, in plain PyTorch: any device, any floating dtype, any head dim,
+    differentiable twice."""
     if cu_seqlens_q is not None:
         assert cu_seqlens_k is not None
         allowed = _packed_mask(q.shape[0], k.shape[0], cu_seqlens_q, cu_seqlens_k, causal)
@@ -53,13 +57,22 @@ def reference(
     compute = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("bqhd,bkhd->bhqk", q.to(compute), k.to(compute)) * scale
     if bias is not None:
-        scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias.to(compute)
+        scores = (
+            scores.masked_fill(~bias, -math.inf)
+            if bias.dtype == torch.bool
+            else scores + bias.to(compute)
+        )
     if causal:
         rows = torch.arange(q.shape[1], device=q.device)[:, None]
         columns = torch.arange(k.shape[1], device=q.device)[None, :]
         scores = scores.masked_fill(columns > rows, -math.inf)
-    # The shift by the row maximum cancels exactly, so no gradient flows through it; -inf rows are shifted by 0.
-    peak = scores.detach().amax(-1, keepdim=True) if k.shape[1] else scores.new_zeros((*scores.shape[:3], 1))
+    # The shift by the row maximum cancels exactly, so no gradient flows through it; -inf rows are
+    # shifted by 0.
+    peak = (
+        scores.detach().amax(-1, keepdim=True)
+        if k.shape[1]
+        else scores.new_zeros((*scores.shape[:3], 1))
+    )
     peak = peak.masked_fill(peak == -math.inf, 0)
     weights = torch.exp(scores - peak)
     total = weights.sum(-1, keepdim=True)
@@ -87,13 +100,15 @@ def _packed_mask(tokens_q, tokens_k, cu_seqlens_q, cu_seqlens_k, causal):
     return allowed[None, None]
 
 
-# ---- operators ---------------------------------------------------------------------------------------------------
+# ---- operators ----
 
-_INPUTS = "Tensor q, Tensor k, Tensor v, {saved}Tensor? bias, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, {saved}Tensor? bias, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+)
 _FWD_SCHEMA = f"({_INPUTS.format(saved='')}, bool causal, float scale) -> (Tensor, Tensor)"
 _BWD_SCHEMA = (
-    f"(Tensor grad, Tensor? grad_lse, {_INPUTS.format(saved='Tensor out, Tensor lse, ')}, bool causal, float scale,"
-    " bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"(Tensor grad, Tensor? grad_lse, {_INPUTS.format(saved='Tensor out, Tensor lse, ')},"
+    " bool causal, float scale, bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -102,7 +117,9 @@ def _fwd_fake(q, k, v, bias, cu_seqlens_q, cu_seqlens_k, causal, scale):
     return q.new_empty(q.shape), q.new_empty((*batch, heads, tokens), dtype=torch.float32)
 
 
-def _bwd_fake(grad, grad_lse, q, k, v, out, lse, bias, cu_seqlens_q, cu_seqlens_k, causal, scale, need_dbias):
+def _bwd_fake(
+    grad, grad_lse, q, k, v, out, lse, bias, cu_seqlens_q, cu_seqlens_k, causal, scale, need_dbias
+):
     dbias = bias.new_empty(bias.shape) if need_dbias else q.new_empty(0)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
@@ -126,8 +143,12 @@ def _bwd_flops(grad_shape, grad_lse_shape, q_shape, k_shape, *args, **kwargs) ->
     return 5 * _fwd_flops(q_shape, k_shape, k_shape) // 2
 
 
-_library.define("flash_attention_fwd", _FWD_SCHEMA, fake=_fwd_fake, triton=_fwd_triton, flops=_fwd_flops)
-_library.define("flash_attention_bwd", _BWD_SCHEMA, fake=_bwd_fake, triton=_bwd_triton, flops=_bwd_flops)
+_library.define(
+    "flash_attention_fwd", _FWD_SCHEMA, fake=_fwd_fake, triton=_fwd_triton, flops=_fwd_flops
+)
+_library.define(
+    "flash_attention_bwd", _BWD_SCHEMA, fake=_bwd_fake, triton=_bwd_triton, flops=_bwd_flops
+)
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -148,7 +169,9 @@ class _FlashAttention(torch.autograd.Function):
         need_dbias = ctx.needs_input_grad[3]
         if torch.is_grad_enabled():
             dq, dk, dv, dbias = _library.differentiable_backward(
-                lambda *qkvb: reference(*qkvb, cu_seqlens_q, cu_seqlens_k, ctx.causal, ctx.scale),
+                lambda q, k, v, bias: reference(
+                    q, k, v, bias, cu_seqlens_q, cu_seqlens_k, ctx.causal, ctx.scale
+                ),
                 (q, k, v, bias),
                 (grad, grad_lse),
                 ctx.needs_input_grad[:4],
@@ -159,7 +182,19 @@ class _FlashAttention(torch.autograd.Function):
             op = getattr(torch.ops.vitkit.flash_attention_bwd, ctx.overload)
             grad = torch.zeros_like(out) if grad is None else grad
             dq, dk, dv, dbias = op(
-                grad, grad_lse, q, k, v, out, lse, bias, cu_seqlens_q, cu_seqlens_k, ctx.causal, ctx.scale, need_dbias
+                grad,
+                grad_lse,
+                q,
+                k,
+                v,
+                out,
+                lse,
+                bias,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                ctx.causal,
+                ctx.scale,
+                need_dbias,
             )
         return dq, dk, dv, dbias if need_dbias else None, None, None, None, None, None
 
@@ -168,12 +203,22 @@ class _FlashAttention(torch.autograd.Function):
         return _library.vmap_by_loop(_FlashAttention.apply, info, in_dims, args)
 
 
-# ---- checks and choice of the backend ----------------------------------------------------------------------------
+# ---- checks and choice of the backend
+# ----------------------------------------------------------------------------
 
 
 def _check(
-    q, k, v, *, bias=None, causal=False, scale=None, cu_seqlens_q=None, cu_seqlens_k=None, return_lse=False
-):  # fmt: skip
+    q,
+    k,
+    v,
+    *,
+    bias=None,
+    causal=False,
+    scale=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    return_lse=False,
+):
     """Validates a call (all but the values of cu_seqlens); returns what backends.select needs."""
     check_floating(NAME, "q", q)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
@@ -185,17 +230,24 @@ def _check(
         check_floating(NAME, arg, value)
         check_same_device(NAME, arg, value, q, "q")
         check_same_dtype(NAME, arg, value, q, "q")
-        if value.dim() != q.dim() or value.shape[-2:] != q.shape[-2:] or (not packed and value.shape[0] != q.shape[0]):
+        if (
+            value.dim() != q.dim()
+            or value.shape[-2:] != q.shape[-2:]
+            or (not packed and value.shape[0] != q.shape[0])
+        ):
             expected = (*(() if packed else (q.shape[0],)), "N", *q.shape[-2:])
             raise ValueError(
                 f"{NAME}: {arg} must match q's batch, heads and head dim, i.e. have shape"
                 f" ({', '.join(map(str, expected))}), got {tuple(value.shape)}"
             )
     if v.shape != k.shape:
-        raise ValueError(f"{NAME}: v must have the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
+        raise ValueError(
+            f"{NAME}: v must have the shape of k {tuple(k.shape)}, got {tuple(v.shape)}"
+        )
     if q.shape[-1] == 0:
         raise ValueError(f"{NAME}: q must have a head dim of at least 1, got {tuple(q.shape)}")
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale)):
+    number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    if scale is not None and not (number and abs(scale) < math.inf):
         raise ValueError(f"{NAME}: scale must be a finite number or None, got {scale!r}")
     if bias is not None:
         _check_bias(bias, q, k, packed)
@@ -204,7 +256,13 @@ def _check(
             if value is None:
                 raise ValueError(f"{NAME}: {arg} must be given together with its twin, got None")
             _check_cu_seqlens(arg, value, q)
-        check_shape(NAME, "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), "that of cu_seqlens_q [S + 1]")
+        check_shape(
+            NAME,
+            "cu_seqlens_k",
+            cu_seqlens_k,
+            tuple(cu_seqlens_q.shape),
+            "that of cu_seqlens_q [S + 1]",
+        )
     tensors = [t for t in (q, k, v, bias) if t is not None]
     return q.device.type, lambda backend: why_not(backend, tensors, q.shape[-1])
 
@@ -212,14 +270,18 @@ def _check(
 def _check_bias(bias, q, k, packed):
     check_tensor(NAME, "bias", bias)
     if packed:
-        raise ValueError(f"{NAME}: bias must be None for packed sequences, got shape {tuple(bias.shape)}")
+        raise ValueError(
+            f"{NAME}: bias must be None for packed sequences, got shape {tuple(bias.shape)}"
+        )
     if bias.dtype != torch.bool:
         check_floating(NAME, "bias", bias)
     check_same_device(NAME, "bias", bias, q, "q")
     full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     sizes = (1,) * (4 - bias.dim()) + tuple(bias.shape)
-    if len(sizes) != 4 or any(b != 1 and b != f for b, f in zip(sizes, full)):
-        raise ValueError(f"{NAME}: bias must broadcast to [B, H, Nq, Nk] = {full}, got {tuple(bias.shape)}")
+    if len(sizes) != 4 or any(b != 1 and b != f for b, f in zip(sizes, full, strict=True)):
+        raise ValueError(
+            f"{NAME}: bias must broadcast to [B, H, Nq, Nk] = {full}, got {tuple(bias.shape)}"
+        )
 
 
 def _check_cu_seqlens(arg, value, q):
@@ -231,23 +293,26 @@ def _check_cu_seqlens(arg, value, q):
         raise ValueError(f"{NAME}: {arg} must have shape [S + 1], got {tuple(value.shape)}")
 
 
-_checked_values: weakref.WeakKeyDictionary[torch.Tensor, tuple[int, int]] | dict[Any, Any] = {}
+# id -> (weak reference, version, tokens) of offsets found right
+_checked_values: dict[int, tuple[weakref.ref, int, int]] = {}
 
 
 def _check_cu_seqlens_values(arg: str, value: torch.Tensor, tokens: int) -> None:
-    """Reads the offsets once per tensor and version: the layers of a model share one cu_seqlens, and on a GPU reading
-    it waits for the device. Kernels clamp the values as well, so skipping the check under capture is safe."""
+    """Reads the offsets once per tensor and version: the layers of a model share one cu_seqlens,
+    and on a GPU reading it waits for the device. Kernels clamp the values as well, so skipping the
+    check under capture is safe."""
     if value.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     seen = _checked_values.get(id(value))
     if seen is not None and seen[0]() is value and seen[1:] == (value._version, tokens):
         return
     offsets = value.tolist()
-    increasing = all(a <= b for a, b in zip(offsets, offsets[1:]))
+    increasing = all(a <= b for a, b in itertools.pairwise(offsets))
     if offsets[0] != 0 or offsets[-1] != tokens or not increasing:
         shown = offsets if len(offsets) <= 8 else [*offsets[:4], "...", *offsets[-3:]]
         raise ValueError(
-            f"{NAME}: {arg} must start at 0, never decrease and end at the number of tokens {tokens}, got {shown}"
+            f"{NAME}: {arg} must start at 0, never decrease and end at the number of tokens"
+            f" {tokens}, got {shown}"
         )
     if len(_checked_values) > 256:
         _checked_values.clear()
@@ -262,7 +327,10 @@ def why_not(backend: str, tensors: list[torch.Tensor], head_dim: int) -> str | N
         if t.dtype not in NATIVE_FLOATING and t.dtype != torch.bool:
             return f"its kernels take float32, bfloat16 and float16, got {name_of(t.dtype)}"
     if head_dim % 8 != 0 or head_dim > MAX_HEAD_DIM:
-        return f"its kernels need a head dim that is a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}"
+        return (
+            f"its kernels need a head dim that is a multiple of 8 up to {MAX_HEAD_DIM},"
+            f" got {head_dim}"
+        )
     return backends.why_not_device(NAME, backend, tensors[0].device.type)
 
 
@@ -279,27 +347,33 @@ def flash_attention(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """``softmax(scale * q k^T + bias) v`` per head, with gradients for q, k, v, bias and through lse.
+    """``softmax(scale * q k^T + bias) v`` per head, with gradients for q, k, v, bias and through
+    lse.
 
-    Semantics of ``torch.nn.functional.scaled_dot_product_attention`` in the [B, N, H, D] layout that a ``qkv`` Linear
-    produces (Vaswani et al. 2017; the online softmax of Milakov & Gimelshein 2018 and FlashAttention, Dao et al. 2022).
+    Semantics of ``torch.nn.functional.scaled_dot_product_attention`` in the [B, N, H, D] layout
+    that a ``qkv`` Linear produces (Vaswani et al. 2017; the online softmax of Milakov & Gimelshein
+    2018 and FlashAttention, Dao et al. 2022).
 
     Args:
-        q: [B, Nq, H, D], or packed [Tq, H, D]; float32, bfloat16, float16 or float64. Any strides are read in place as
-            long as the last dimension is dense. Under autocast q, k, v are cast to the autocast dtype.
+        q: [B, Nq, H, D], or packed [Tq, H, D]; float32, bfloat16, float16 or float64. Any strides
+            are read in place as long as the last dimension is dense. Under autocast q, k, v are
+            cast to the autocast dtype.
         k, v: [B, Nk, H, D] or packed [Tk, H, D], dtype and device of q.
-        bias: broadcastable to [B, H, Nq, Nk]. Floating: added to the scaled scores, its gradient has its own shape.
+        bias: broadcastable to [B, H, Nq, Nk]. Floating: added to the scaled scores, its gradient
+            has its own shape.
             bool: True = attend. Not for packed sequences.
-        causal: query i attends keys j <= i (aligned to the first token, as torch's ``is_causal``), per sequence.
+        causal: query i attends keys j <= i (aligned to the first token, as torch's ``is_causal``),
+            per sequence.
         scale: factor of the scores, D ** -0.5 if None.
-        cu_seqlens_q, cu_seqlens_k: int32 [S + 1], offsets of the packed sequences: 0 first, T last, never decreasing.
+        cu_seqlens_q, cu_seqlens_k: int32 [S + 1], offsets of the packed sequences: 0 first, T last,
+            never decreasing.
         return_lse: also return the log-sum-exp of the scores (natural log).
-        backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``. Kernels take head dims that are a
-            multiple of 8 up to 256, the reference any.
+        backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"reference"``. Kernels take
+            head dims that are a multiple of 8 up to 256, the reference any.
 
     Returns:
-        out with the shape and dtype of q; with ``return_lse`` also lse [B, H, Nq] (packed [H, Tq]), float32 (float64
-        for float64 inputs).
+        out with the shape and dtype of q; with ``return_lse`` also lse [B, H, Nq] (packed [H, Tq]),
+        float32 (float64 for float64 inputs).
 
     Raises:
         TypeError, ValueError: an argument breaks a rule above, or the backend asked for cannot run.
@@ -314,18 +388,29 @@ def flash_attention(
     if (compiling or torch._C._is_any_autocast_enabled()) and isinstance(q, torch.Tensor):
         q, k, v = _autocast(q, k, v)
     chosen = None
-    if not compiling and isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor):
-        key = (layout_key(q), layout_key(k), layout_key(v), layout_key(bias) if bias is not None else None,
-               scale, backend, layout_key(cu_seqlens_q), layout_key(cu_seqlens_k))  # fmt: skip
+    if (
+        not compiling
+        and isinstance(q, torch.Tensor)
+        and isinstance(k, torch.Tensor)
+        and isinstance(v, torch.Tensor)
+    ):
+        key = (scale, backend, *map(layout_key, (q, k, v, bias, cu_seqlens_q, cu_seqlens_k)))
         chosen = _memo.get(key)
     if chosen is None:
         device_type, reasons = _check(
-            q, k, v, bias=bias, causal=causal, scale=scale, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
+            q,
+            k,
+            v,
+            bias=bias,
+            causal=causal,
+            scale=scale,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
         )
         chosen = backends.select(NAME, backend, device_type, reasons)
         if not compiling:
             _memo.put(key, chosen)
-    if cu_seqlens_q is not None and not compiling:
+    if cu_seqlens_q is not None and cu_seqlens_k is not None and not compiling:
         _check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q.shape[0])
         _check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     if scale is None:
@@ -337,13 +422,19 @@ def flash_attention(
             out, lse = reference(q, k, v, bias, cu_seqlens_q, cu_seqlens_k, causal, scale)
     else:
         overload = "triton" if chosen == "triton" else "default"
-        q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v))
+        q, k, v = (
+            t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v)
+        )
         if torch.is_grad_enabled() and (
-            q.requires_grad or k.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad)
+            q.requires_grad
+            or k.requires_grad
+            or v.requires_grad
+            or (bias is not None and bias.requires_grad)
         ):
-            out, lse = _FlashAttention.apply(
-                q, k, v, bias, cu_seqlens_q, cu_seqlens_k, causal, float(scale), overload
-            )
+            tensors: tuple[Any, ...] = (q, k, v, bias, cu_seqlens_q, cu_seqlens_k)
+            if compiling:
+                tensors = _library.distinct(*tensors)
+            out, lse = _FlashAttention.apply(*tensors, causal, float(scale), overload)
         else:
             op = getattr(torch.ops.vitkit.flash_attention_fwd, overload)
             out, lse = op(q, k, v, bias, cu_seqlens_q, cu_seqlens_k, causal, scale)
@@ -357,7 +448,9 @@ def _autocast(*tensors):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
-        t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        t.to(dtype)
+        if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        else t
         for t in tensors
     )
 

@@ -1,15 +1,19 @@
 """GroupNorm with its neighbours in one pass.
 
-    y = act(GN(x + add[:, :, None...]) * (1 + scale) + shift),   GN(h) = (h - mean) * rstd * weight + bias
+    y = act(GN(x + add[:, :, None...]) * (1 + scale) + shift),   GN(h) = (h - mean) * rstd * weight
+    + bias
 
-mean and rstd are taken over each sample's group of C / num_groups channels and all positions, in float32 (two-pass,
-merged by Chan's formula, never E[x^2] - E[x]^2), whatever the dtype of x, and kept in float32 for the backward pass.
-Results are deterministic: no atomics. Both NCHW and channels_last inputs are read and written in their own layout.
+mean and rstd are taken over each sample's group of C / num_groups channels and all positions, in
+float32 (two-pass, merged by Chan's formula, never E[x^2] - E[x]^2), whatever the dtype of x, and
+kept in float32 for the backward pass.
+Results are deterministic: no atomics. Both NCHW and channels_last inputs are read and written in
+their own layout.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 from typing import Any
 
 import torch
@@ -61,23 +65,26 @@ def reference(
         y = y + shift.to(compute).view(per_channel)
     if silu:
         y = F.silu(y)
-    return y.to(x.dtype).contiguous(memory_format=_memory_format(x))
+    return _dense(y.to(x.dtype), _channels_last(x))
 
 
-def _memory_format(x: torch.Tensor) -> torch.memory_format:
-    """The dense layout of the output: that of x, contiguous where x is neither contiguous nor channels_last."""
-    if not x.is_contiguous():
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            return torch.channels_last
-        if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
-            return torch.channels_last_3d
-    return torch.contiguous_format
+def _channels_last(x: torch.Tensor) -> bool:
+    """Whether x lies in memory as [N, *, C] and not as [N, C, *]."""
+    # Asked through a permuted view: vmap cannot answer is_contiguous(memory_format=...).
+    return x.dim() in (4, 5) and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
-# ---- operators ---------------------------------------------------------------------------------------------------
+def _dense(x: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """x itself if it has the layout asked for, otherwise a copy that has."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()
+
+
+# ---- operators ----
 
 _OPTIONS = "Tensor? weight, Tensor? bias, {eps}bool silu, Tensor? add, Tensor? scale, Tensor? shift"
-_FWD_SCHEMA = f"(Tensor x, int num_groups, {_OPTIONS.format(eps='float eps, ')}) -> (Tensor, Tensor, Tensor)"
+_FWD_SCHEMA = (
+    f"(Tensor x, int num_groups, {_OPTIONS.format(eps='float eps, ')}) -> (Tensor, Tensor, Tensor)"
+)
 _BWD_SCHEMA = (
     f"(Tensor grad, Tensor x, Tensor mean, Tensor rstd, int num_groups, {_OPTIONS.format(eps='')})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -90,7 +97,10 @@ def _fwd_fake(x, num_groups, weight, bias, eps, silu, add, scale, shift):
 
 
 def _bwd_fake(grad, x, mean, rstd, num_groups, weight, bias, silu, add, scale, shift):
-    small = [torch.empty_like(t) if t is not None else x.new_empty(0) for t in (weight, bias, add, scale, shift)]
+    small = [
+        torch.empty_like(t) if t is not None else x.new_empty(0)
+        for t in (weight, bias, add, scale, shift)
+    ]
     return (torch.empty_like(x), *small)
 
 
@@ -102,24 +112,23 @@ def _bwd_triton(*args: Any):
     return importlib.import_module("vitkit.kernels.group_norm_silu").backward(*args)
 
 
-# Per element: 3 for the statistics, 4 for normalise and affine, 5 for SiLU (exp counted once); backward about twice.
 def _fwd_flops(x_shape, *args, **kwargs) -> int:
-    return 12 * x_shape.numel() if isinstance(x_shape, torch.Size) else 12 * _product(x_shape)
+    """12 per element: 3 for the statistics, 4 for normalise and affine, 5 for SiLU with exp counted
+    once."""
+    return 12 * math.prod(x_shape)
 
 
 def _bwd_flops(grad_shape, *args, **kwargs) -> int:
+    """Twice the forward pass."""
     return 2 * _fwd_flops(grad_shape)
 
 
-def _product(shape) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total
-
-
-_library.define("group_norm_silu_fwd", _FWD_SCHEMA, fake=_fwd_fake, triton=_fwd_triton, flops=_fwd_flops)
-_library.define("group_norm_silu_bwd", _BWD_SCHEMA, fake=_bwd_fake, triton=_bwd_triton, flops=_bwd_flops)
+_library.define(
+    "group_norm_silu_fwd", _FWD_SCHEMA, fake=_fwd_fake, triton=_fwd_triton, flops=_fwd_flops
+)
+_library.define(
+    "group_norm_silu_bwd", _BWD_SCHEMA, fake=_bwd_fake, triton=_bwd_triton, flops=_bwd_flops
+)
 
 
 class _GroupNormSilu(torch.autograd.Function):
@@ -141,20 +150,25 @@ class _GroupNormSilu(torch.autograd.Function):
         if torch.is_grad_enabled():
             needed = ctx.needs_input_grad
             found = _library.differentiable_backward(
-                lambda x, w, b, a, sc, sh: (reference(x, ctx.num_groups, w, b, ctx.eps, ctx.silu, a, sc, sh),),
+                lambda x, w, b, a, sc, sh: (
+                    reference(x, ctx.num_groups, w, b, ctx.eps, ctx.silu, a, sc, sh),
+                ),
                 (x, weight, bias, add, scale, shift),
                 (grad,),
                 (needed[0], needed[2], needed[3], *needed[6:9]),
             )
         else:
             # Reading both tensors in one order is what the kernels are written for.
-            grad = grad.contiguous(memory_format=_memory_format(x))
+            grad = _dense(grad, _channels_last(x))
             op = getattr(torch.ops.vitkit.group_norm_silu_bwd, ctx.overload)
-            found = op(grad, x, mean, rstd, ctx.num_groups, weight, bias, ctx.silu, add, scale, shift)
+            found = op(
+                grad, x, mean, rstd, ctx.num_groups, weight, bias, ctx.silu, add, scale, shift
+            )
         dx, dweight, dbias, dadd, dscale, dshift = found
         given = (weight, bias, add, scale, shift)
         dweight, dbias, dadd, dscale, dshift = (
-            g if t is not None else None for g, t in zip((dweight, dbias, dadd, dscale, dshift), given, strict=True)
+            g if t is not None else None
+            for g, t in zip((dweight, dbias, dadd, dscale, dshift), given, strict=True)
         )
         return dx, None, dweight, dbias, None, None, dadd, dscale, dshift, None
 
@@ -163,10 +177,22 @@ class _GroupNormSilu(torch.autograd.Function):
         return _library.vmap_by_loop(_GroupNormSilu.apply, info, in_dims, args)
 
 
-# ---- checks and choice of the backend ----------------------------------------------------------------------------
+# ---- checks and choice of the backend
+# ----------------------------------------------------------------------------
 
 
-def _check(x, num_groups, weight=None, bias=None, eps=1e-5, *, activation="silu", add=None, scale=None, shift=None):
+def _check(
+    x,
+    num_groups,
+    weight=None,
+    bias=None,
+    eps=1e-5,
+    *,
+    activation="silu",
+    add=None,
+    scale=None,
+    shift=None,
+):
     """Validates a call; returns what backends.select needs."""
     check_floating(NAME, "x", x)
     if x.dim() < 2:
@@ -175,7 +201,9 @@ def _check(x, num_groups, weight=None, bias=None, eps=1e-5, *, activation="silu"
         raise TypeError(f"{NAME}: num_groups must be an int, got {type(num_groups).__name__}")
     n, c = x.shape[:2]
     if num_groups < 1 or c == 0 or c % num_groups != 0:
-        raise ValueError(f"{NAME}: num_groups must be at least 1 and divide C = {c}, got {num_groups}")
+        raise ValueError(
+            f"{NAME}: num_groups must be at least 1 and divide C = {c}, got {num_groups}"
+        )
     if not isinstance(eps, (int, float)) or not eps >= 0:
         raise ValueError(f"{NAME}: eps must be a number >= 0, got {eps!r}")
     if activation not in ("silu", None):
@@ -218,15 +246,17 @@ def group_norm_silu(
     shift: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """``y = act(GroupNorm(x + add) * (1 + scale) + shift)`` in one pass, with gradients for every tensor.
+    """``y = act(GroupNorm(x + add) * (1 + scale) + shift)`` in one pass, with gradients for every
+    tensor.
 
-    Semantics of ``torch.nn.functional.group_norm`` followed by ``silu`` (Wu & He 2018, Group Normalization); ``add`` is
-    the time-embedding addition and ``scale``, ``shift`` the modulation of diffusers' ResnetBlock2D. Statistics and
-    arithmetic are float32 for float32, bfloat16 and float16, float64 for float64.
+    Semantics of ``torch.nn.functional.group_norm`` followed by ``silu`` (Wu & He 2018, Group
+    Normalization); ``add`` is the time-embedding addition and ``scale``, ``shift`` the modulation
+    of diffusers' ResnetBlock2D. Statistics and arithmetic are float32 for float32, bfloat16 and
+    float16, float64 for float64.
 
     Args:
-        x: [N, C, *] floating point; contiguous and channels_last(_3d) inputs give outputs of the same layout, other
-            strides are copied to contiguous first.
+        x: [N, C, *] floating point; contiguous and channels_last(_3d) inputs give outputs of the
+            same layout, other strides are copied to contiguous first.
         num_groups: divides C.
         weight, bias: [C], any floating dtype.
         eps: added to the variance.
@@ -244,31 +274,48 @@ def group_norm_silu(
         >>> import torch, vitkit
         >>> x = torch.randn(2, 32, 8, 8)
         >>> y = vitkit.group_norm_silu(x, 8, torch.ones(32), torch.zeros(32))
-        >>> torch.allclose(y, torch.nn.functional.silu(torch.nn.functional.group_norm(x, 8)), atol=1e-5)
-        True
+        >>> torch.allclose(y, torch.nn.functional.silu(torch.nn.functional.group_norm(x, 8)),
+        atol=1e-5) True
     """
     silu = activation == "silu"
+    compiling = torch.compiler.is_compiling()
+    if isinstance(x, torch.Tensor) and x.is_cuda and torch.is_autocast_enabled("cuda"):
+        x = (
+            x.float() if x.dtype != torch.float64 else x
+        )  # as torch autocasts group_norm on CUDA, and only there
     chosen = None
-    if not torch.compiler.is_compiling() and isinstance(x, torch.Tensor):
-        key = (layout_key(x), num_groups, weight is None, bias is None, eps, activation, backend, *map(
-            layout_key, (t for t in (weight, bias, add, scale, shift) if t is not None)
-        ), add is None, scale is None, shift is None)  # fmt: skip
+    if not compiling and isinstance(x, torch.Tensor):
+        tensors = (x, weight, bias, add, scale, shift)
+        key = (num_groups, eps, activation, backend, *map(layout_key, tensors))
         chosen = _memo.get(key)
     if chosen is None:
         device_type, reasons = _check(
-            x, num_groups, weight, bias, eps, activation=activation, add=add, scale=scale, shift=shift
+            x,
+            num_groups,
+            weight,
+            bias,
+            eps,
+            activation=activation,
+            add=add,
+            scale=scale,
+            shift=shift,
         )
         chosen = backends.select(NAME, backend, device_type, reasons)
-        if not torch.compiler.is_compiling():
+        if not compiling:
             _memo.put(key, chosen)
     if chosen == "reference":
         return reference(x, num_groups, weight, bias, eps, silu, add, scale, shift)
-    x = x.contiguous(memory_format=_memory_format(x))
+    x = _dense(x, _channels_last(x))
     overload = "triton" if chosen == "triton" else "default"
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, add, scale, shift)
     ):
-        return _GroupNormSilu.apply(x, num_groups, weight, bias, float(eps), silu, add, scale, shift, overload)[0]
+        if compiling:
+            x, *rest = _library.distinct(x, weight, bias, add, scale, shift)
+            weight, bias, add, scale, shift = rest
+        return _GroupNormSilu.apply(
+            x, num_groups, weight, bias, float(eps), silu, add, scale, shift, overload
+        )[0]
     op = getattr(torch.ops.vitkit.group_norm_silu_fwd, overload)
     return op(x, num_groups, weight, bias, eps, silu, add, scale, shift)[0]
 

@@ -1,0 +1,58 @@
+"""Session set-up: device option, Triton's interpreter without a GPU, poisoned uninitialised
+memory."""
+
+import os
+
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="device the op tests run on: cpu or cuda")
+
+
+def pytest_configure(config):
+    # Both must be set before torch's or Triton's first use.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if config.getoption("--device") == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+        import triton_interpreter
+
+        triton_interpreter.install()
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    return request.config.getoption("--device")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty returns NaN (integers: the largest value): reading what was never written must
+    show."""
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def cpu_isa():
+    """Runs the test with a given instruction set: ``cpu_isa("base")``; skips where this machine
+    cannot."""
+    import ctypes
+
+    from vitkit import _library
+
+    path = _library.native_path("_C_cpu")
+    assert path is not None, "the tests need the native CPU library: python csrc/build.py"
+    _library.native_error("_C_cpu")
+    library = ctypes.CDLL(str(path))
+
+    def force(name):
+        if library.vitkit_force_cpu_isa(name.encode()) != 0:
+            pytest.skip(f"this machine or build has no {name}")
+
+    yield force
+    library.vitkit_force_cpu_isa(b"auto")

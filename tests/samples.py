@@ -1,0 +1,101 @@
+"""One table of sample calls per op: every test of the op contract runs over it, and an op without
+samples fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import vitkit
+
+
+@dataclass(frozen=True)
+class Sample:
+    """``make(device, dtype)`` returns (tensors by name, other keyword arguments) of ``public``."""
+
+    op: str
+    why: str
+    make: Callable[[str, torch.dtype], tuple[dict[str, torch.Tensor], dict]]
+
+    @property
+    def public(self):
+        return getattr(vitkit, self.op)
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.why}"
+
+    def differentiable(self, device, dtype):
+        """(function of the floating tensors, those tensors)"""
+        tensors, options = self.make(device, dtype)
+        names = [n for n, t in tensors.items() if t.is_floating_point()]
+        fixed = {n: t for n, t in tensors.items() if n not in names}
+
+        def function(*values, backend="auto"):
+            return self.public(
+                **dict(zip(names, values, strict=True)), **fixed, **options, backend=backend
+            )
+
+        return function, [tensors[n] for n in names]
+
+
+def _randn(device, dtype, *shape):
+    return torch.randn(*shape, device=device, dtype=torch.float32).to(dtype)
+
+
+def _attention(nq=5, nk=7, batch=2, heads=2, head_dim=8, bias=None, **options):
+    def make(device, dtype):
+        torch.manual_seed(0)
+        tensors = {
+            "q": _randn(device, dtype, batch, nq, heads, head_dim),
+            "k": _randn(device, dtype, batch, nk, heads, head_dim),
+            "v": _randn(device, dtype, batch, nk, heads, head_dim),
+        }
+        if bias == "mask":
+            tensors["bias"] = torch.rand(batch, 1, nq, nk, device=device) > 0.3
+        elif bias is not None:
+            tensors["bias"] = _randn(device, dtype, *bias)
+        return tensors, options
+
+    return make
+
+
+def _packed(device, dtype):
+    torch.manual_seed(0)
+    tensors = {n: _randn(device, dtype, 9, 2, 8) for n in "qkv"}
+    offsets = torch.tensor([0, 4, 4, 9], dtype=torch.int32, device=device)
+    return {**tensors, "cu_seqlens_q": offsets, "cu_seqlens_k": offsets}, {"causal": True}
+
+
+def _group_norm(
+    shape=(2, 8, 3, 5), groups=4, affine=True, modulated=False, channels_last=False, **options
+):
+    def make(device, dtype):
+        torch.manual_seed(0)
+        n, c = shape[:2]
+        x = _randn(device, dtype, *shape)
+        tensors = {"x": x.contiguous(memory_format=torch.channels_last) if channels_last else x}
+        if affine:
+            tensors |= {"weight": _randn(device, dtype, c), "bias": _randn(device, dtype, c)}
+        if modulated:
+            tensors |= {name: _randn(device, dtype, n, c) for name in ("add", "scale", "shift")}
+        return tensors, {"num_groups": groups, **options}
+
+    return make
+
+
+SAMPLES = [
+    Sample("flash_attention", "cross_attention", _attention()),
+    Sample("flash_attention", "shared_bias", _attention(bias=(1, 2, 5, 7))),
+    Sample("flash_attention", "bool_mask", _attention(bias="mask", scale=0.5)),
+    Sample("flash_attention", "causal_with_lse", _attention(nk=5, causal=True, return_lse=True)),
+    Sample("flash_attention", "packed", _packed),
+    Sample("group_norm_silu", "affine", _group_norm()),
+    Sample(
+        "group_norm_silu", "plain_without_activation", _group_norm(affine=False, activation=None)
+    ),
+    Sample("group_norm_silu", "modulated", _group_norm(modulated=True)),
+    Sample("group_norm_silu", "channels_last", _group_norm(channels_last=True, modulated=True)),
+    Sample("group_norm_silu", "volume", _group_norm(shape=(1, 4, 2, 3, 2), groups=2)),
+]

@@ -1,0 +1,275 @@
+"""The op contract of DESIGN §4, for every op, backend and sample."""
+
+import copy
+import io
+
+import pytest
+import torch
+from numerics import double
+from samples import SAMPLES
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import vitkit
+from vitkit import backends
+
+KERNEL_BACKENDS = {"cpu": ["cpu", "triton"], "cuda": ["cuda", "triton"]}
+every_sample = pytest.mark.parametrize("sample", SAMPLES, ids=str)
+
+
+@pytest.fixture(params=["native", "triton"])
+def backend(request, device):
+    """A kernel backend of the device: the C++ one and Triton (in its interpreter on CPU
+    tensors)."""
+    return request.param if request.param == "triton" else device
+
+
+def usable(sample, backend, function, values):
+    reason = vitkit.explain(sample.op, **dict_of(sample, values)).reasons[backend]
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def dict_of(sample, values):
+    tensors, options = sample.make(str(values[0].device.type), values[0].dtype)
+    return {**tensors, **options}
+
+
+def loss(outputs):
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return sum(
+        (o.float() * torch.arange(1, o.numel() + 1, device=o.device).view(o.shape).cos()).sum()
+        for o in outputs
+    )
+
+
+def test_every_op_has_samples():
+    assert {s.op for s in SAMPLES} == set(backends.OPS)
+    assert all(getattr(vitkit, op) is entry.public for op, entry in backends.OPS.items())
+
+
+class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+    """Collects the vitkit operators a call runs, with their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "vitkit":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def record(function, values, backend):
+    with Recorder() as recorder:
+        leaves = [v.clone().requires_grad_() for v in values]
+        loss(function(*leaves, backend=backend)).backward()
+    return recorder.calls
+
+
+@every_sample
+def test_opcheck(sample, backend, device):
+    function, values = sample.differentiable(device, torch.float32)
+    usable(sample, backend, function, values)
+    calls = record(function, values, backend)
+    assert [c[0].name().split("_")[-1].split(".")[0] for c in calls] == ["fwd", "bwd"]
+    for op, args, kwargs in calls:
+        args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+        torch.library.opcheck(op, args, kwargs)
+
+
+@every_sample
+def test_compile_fullgraph_with_dynamic_shapes(sample, backend, device):
+    function, values = sample.differentiable(device, torch.float32)
+    usable(sample, backend, function, values)
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph, _inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(
+        lambda *v: function(*v, backend=backend), fullgraph=True, dynamic=True, backend=keep
+    )
+    expected = function(*values, backend=backend)
+    torch.testing.assert_close(compiled(*values), expected)
+    assert len(graphs) == 1
+
+
+@every_sample
+def test_compiled_training_step(sample, device):
+    """AOTAutograd traces forward and backward; both must call the kernels and nothing else of the
+    op."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    function, values = sample.differentiable(device, torch.float32)
+    usable(sample, device, function, values)
+    torch._dynamo.reset()
+    called = []
+
+    def note(graph, _inputs):
+        called.extend(str(n.target) for n in graph.graph.nodes if "vitkit" in str(n.target))
+        return graph
+
+    compiled = torch.compile(
+        lambda *v: loss(function(*v, backend=device)),
+        fullgraph=True,
+        backend=aot_autograd(fw_compiler=note),
+    )
+    leaves = [v.clone().requires_grad_() for v in values]
+    expected = [v.clone().requires_grad_() for v in values]
+    compiled(*leaves).backward()
+    loss(function(*expected, backend=device)).backward()
+    for got, want in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(got.grad, want.grad)
+    assert called == [f"vitkit.{sample.op}_fwd.default", f"vitkit.{sample.op}_bwd.default"]
+
+
+@every_sample
+def test_export(sample, device):
+    function, values = sample.differentiable(device, torch.float32)
+    usable(sample, device, function, values)
+
+    class Module(torch.nn.Module):
+        def forward(self, *v):
+            return function(*v, backend=device)
+
+    program = torch.export.export(Module(), tuple(values))
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer)
+    assert f"vitkit.{sample.op}_fwd" in loaded.graph_module.code
+    torch.testing.assert_close(loaded.module()(*values), function(*values, backend=device))
+
+
+@every_sample
+def test_gradgrad_through_the_reference(sample, device):
+    """create_graph=True gives gradients that can be differentiated again, equal to the
+    reference's."""
+    function, values = sample.differentiable(device, torch.float32)
+    usable(sample, device, function, values)
+
+    def second(backend, inputs):
+        leaves = [v.clone().requires_grad_() for v in inputs]
+        first = torch.autograd.grad(
+            loss(function(*leaves, backend=backend)), leaves, create_graph=True
+        )
+        assert all(g.requires_grad for g in first)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves, allow_unused=True)
+
+    for got, want in zip(second(device, values), second("reference", double(*values)), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=2e-3)
+
+
+@every_sample
+def test_gradcheck_of_the_reference(sample, device):
+    function, values = sample.differentiable(device, torch.float64)
+    leaves = [v.requires_grad_() for v in values]
+    torch.autograd.gradcheck(lambda *v: function(*v, backend="reference"), leaves, fast_mode=True)
+    torch.autograd.gradgradcheck(
+        lambda *v: function(*v, backend="reference"), leaves, fast_mode=True
+    )
+
+
+@every_sample
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_autocast(sample, device, dtype):
+    """Same output dtype under autocast as the torch function it stands for, and gradients in the
+    inputs' dtype."""
+    function, values = sample.differentiable(device, torch.float32)
+    leaves = [v.clone().requires_grad_() for v in values]
+    with torch.autocast(device, dtype=dtype):
+        outputs = function(*leaves)
+        out = outputs[0] if isinstance(outputs, tuple) else outputs
+        if sample.op == "flash_attention":
+            t = torch.zeros(1, 1, 1, 8, device=device)
+            expected = torch.nn.functional.scaled_dot_product_attention(t, t, t).dtype
+        else:
+            expected = torch.nn.functional.group_norm(torch.zeros(1, 2, 3, device=device), 1).dtype
+    assert out.dtype == expected
+    loss(outputs).backward()
+    assert all(v.grad is not None and v.grad.dtype == torch.float32 for v in leaves)
+
+
+@every_sample
+def test_checkpointing(sample, device):
+    function, values = sample.differentiable(device, torch.float32)
+    plain, recomputed = ([v.clone().requires_grad_() for v in values] for _ in range(2))
+    loss(function(*plain)).backward()
+    loss(checkpoint(function, *recomputed, use_reentrant=False)).backward()
+    for a, b in zip(plain, recomputed, strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+@every_sample
+def test_vmap_matches_a_loop(sample, device):
+    function, values = sample.differentiable(device, torch.float32)
+    batched = [torch.stack([v, v.flip(0)]) for v in values]
+    for leaves in (batched, [b.clone().requires_grad_() for b in batched]):
+        got = torch.func.vmap(function)(*leaves)
+        got = got if isinstance(got, tuple) else (got,)
+        for i in range(2):
+            want = function(*(b[i] for b in leaves))
+            want = want if isinstance(want, tuple) else (want,)
+            for g, w in zip(got, want, strict=True):
+                torch.testing.assert_close(g[i], w)
+
+
+@every_sample
+def test_functional_grad(sample, device):
+    function, values = sample.differentiable(device, torch.float32)
+    leaf = values[0].clone().requires_grad_()
+    loss(function(leaf, *values[1:])).backward()
+    got = torch.func.grad(lambda v: loss(function(v, *values[1:])))(values[0])
+    torch.testing.assert_close(got, leaf.grad)
+
+
+@every_sample
+def test_flops_are_counted(sample, device):
+    function, values = sample.differentiable(device, torch.float32)
+    usable(sample, device, function, values)
+    with FlopCounterMode(display=False) as forward:
+        function(*values, backend=device)
+    with FlopCounterMode(display=False) as both:
+        loss(function(*(v.clone().requires_grad_() for v in values), backend=device)).backward()
+    factor = 3.5 if sample.op == "flash_attention" else 3
+    assert forward.get_total_flops() > 0
+    assert both.get_total_flops() == factor * forward.get_total_flops()
+
+
+@every_sample
+def test_inputs_are_not_written(sample, backend, device):
+    function, values = sample.differentiable(device, torch.float32)
+    usable(sample, backend, function, values)
+    before = copy.deepcopy(values)
+    record(function, values, backend)
+    assert all(torch.equal(a, b) for a, b in zip(before, values, strict=True))
+
+
+@every_sample
+def test_deterministic(sample, backend, device):
+    function, values = sample.differentiable(device, torch.float32)
+    usable(sample, backend, function, values)
+
+    def run():
+        leaves = [v.clone().requires_grad_() for v in values]
+        outputs = function(*leaves, backend=backend)
+        loss(outputs).backward()
+        return [*(outputs if isinstance(outputs, tuple) else (outputs,)), *(v.grad for v in leaves)]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_meta_tensors_give_shapes():
+    q = torch.empty(2, 5, 3, 16, device="meta")
+    assert torch.ops.vitkit.flash_attention_fwd(q, q, q, None, None, None, False, 1.0)[1].shape == (
+        2,
+        3,
+        5,
+    )
+    x = torch.empty(2, 8, 4, 4, device="meta").contiguous(memory_format=torch.channels_last)
+    y = torch.ops.vitkit.group_norm_silu_fwd(x, 4, None, None, 1e-5, True, None, None, None)[0]
+    assert y.stride() == x.stride()
