@@ -1,0 +1,104 @@
+// Copies rows of T into float32 buffers the matrix product (gemm.h) can read. A row is head_dim consecutive elements
+// (a multiple of 8) found through `row(i) -> const T*`, so any token map can be packed without a gathered copy of the
+// tensor. Padding up to whole panels is zero.
+#pragma once
+
+#include "gemm.h"
+
+namespace vitkit::cpu::VITKIT_ISA {
+
+VITKIT_INLINE int64_t num_panels(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+
+// Floats of a packed operand with k rows of `columns` columns.
+VITKIT_INLINE int64_t panels_size(int64_t columns, int64_t k) { return num_panels(columns) * kPanel * k; }
+
+#if defined(__AVX2__)
+
+VITKIT_INLINE __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
+VITKIT_INLINE __m256 load8(const bf16* p) {
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+VITKIT_INLINE __m256 load8(const f16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+// out[c * kPanel + r] = in[r][c] for an 8 x 8 block.
+VITKIT_INLINE void transpose8(const __m256 in[8], float* out) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(in[i], in[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps(in[i], in[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int h = 0; h < 2; ++h) {
+      b[i + 2 * h] = _mm256_shuffle_ps(a[i + h], a[i + h + 2], 0x44);
+      b[i + 2 * h + 1] = _mm256_shuffle_ps(a[i + h], a[i + h + 2], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(out + i * kPanel, _mm256_permute2f128_ps(b[i], b[i + 4], 0x20));
+    _mm256_storeu_ps(out + (i + 4) * kPanel, _mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
+  }
+}
+
+#endif
+
+// Row j of the source becomes column j: panel p is [depth][kPanel] with rows p * kPanel ... of the source side by side.
+// The operand for S = Q K^T (and dP = dO V^T).
+template <typename T, typename Row>
+VITKIT_INLINE void pack_transposed(const Row& row, int64_t first, int64_t rows, int64_t depth, float* dst) {
+  for (int64_t j = 0; j < num_panels(rows) * kPanel; j += 8) {
+    float* out = dst + j / kPanel * kPanel * depth + j % kPanel;
+    const T* from[8];
+    for (int r = 0; r < 8; ++r) from[r] = j + r < rows ? row(first + j + r) : nullptr;
+    for (int64_t d = 0; d < depth; d += 8) {
+#if defined(__AVX2__)
+      __m256 in[8];
+      for (int r = 0; r < 8; ++r) in[r] = from[r] ? load8(from[r] + d) : _mm256_setzero_ps();
+      transpose8(in, out + d * kPanel);
+#else
+      for (int c = 0; c < 8; ++c)
+        for (int r = 0; r < 8; ++r) out[(d + c) * kPanel + r] = from[r] ? to_float(from[r][d + c]) : 0.f;
+#endif
+    }
+  }
+}
+
+// Row j of the source becomes row j of every panel: panel p is [rows][kPanel] with columns p * kPanel ... of the source.
+// The operand for O += P V (and dQ += dS K, dK += dS^T Q, dV += P^T dO).
+template <typename T, typename Row>
+VITKIT_INLINE void pack_panels(const Row& row, int64_t first, int64_t rows, int64_t columns, float* dst) {
+  const int64_t padded = num_panels(columns) * kPanel;
+  for (int64_t j = 0; j < rows; ++j) {
+    const T* from = row(first + j);
+    for (int64_t d = 0; d < padded; d += kLanes) {
+      const int64_t left = columns - d;
+      float* out = dst + d / kPanel * kPanel * rows + j * kPanel + d % kPanel;
+      store(out, left > 0 ? load_partial(from + d, int(left < kLanes ? left : kLanes)) : f32v{});
+    }
+  }
+}
+
+// dst[j * ld + d] = factor * row(first + j)[d]: the left operand A. Rows up to the next even number are zeroed.
+template <typename T, typename Row>
+VITKIT_INLINE void pack_rows(const Row& row, int64_t first, int64_t rows, int64_t columns, float factor, float* dst,
+                             int64_t ld) {
+  for (int64_t j = 0; j < round_rows(rows); ++j) {
+    const T* from = j < rows ? row(first + j) : nullptr;
+    for (int64_t d = 0; d < columns; d += kLanes) {
+      const int n = int(columns - d < kLanes ? columns - d : kLanes);
+      store_partial(dst + j * ld + d, from ? load_partial(from + d, n) * factor : f32v{}, n);
+    }
+  }
+}
+
+// to[d] = factor * from[d], rounded to T.
+template <typename T>
+VITKIT_INLINE void write_row(const float* from, int64_t columns, float factor, T* to) {
+  for (int64_t d = 0; d < columns; d += kLanes) {
+    const int n = int(columns - d < kLanes ? columns - d : kLanes);
+    store_partial(to + d, load_partial(from + d, n) * factor, n);
+  }
+}
+
+}  // namespace vitkit::cpu::VITKIT_ISA

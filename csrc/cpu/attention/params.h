@@ -1,0 +1,38 @@
+// What the host files of the attention ops hand to their kernels: plain data, no torch types, no instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace vitkit::cpu {
+
+enum class ElementType : int { f32 = 0, bf16 = 1, f16 = 2, boolean = 3 };
+
+// Rows of head_dim consecutive elements; strides in elements. Packed sequences have batch_stride 0.
+struct RowsView {
+  char* data;
+  int64_t batch_stride, token_stride, head_stride;
+};
+
+// Added to the scaled scores (floating types) or true where a key may be attended (boolean). A stride is 0 where the
+// tensor broadcasts. data is null without bias.
+struct BiasView {
+  const char* data;
+  ElementType type;
+  int64_t batch_stride, head_stride, query_stride, key_stride;
+};
+
+// `batch` problems of `heads` heads. Dense: problem b is batch element b with nq queries and nk keys. Packed: problem b
+// has queries [starts_q[b], starts_q[b + 1]) and keys [starts_k[b], starts_k[b + 1]); the host has made both
+// non-decreasing and kept them inside the tensors.
+struct AttentionInputs {
+  ElementType type;  // of q, k, v and of what has their shape
+  RowsView q, k, v;
+  BiasView bias;
+  int64_t batch, heads, nq, nk, head_dim;
+  const int64_t* starts_q;  // null: dense
+  const int64_t* starts_k;
+  float scale;
+  bool causal;  // query i attends keys j <= i
+};
+
+}  // namespace vitkit::cpu
