@@ -51,9 +51,11 @@ def reference(
     h = x.to(compute)
     if add is not None:
         h = h + add.to(compute).view(per_channel)
-    grouped = h.reshape(x.shape[0], num_groups, x.shape[1] // num_groups, -1)
-    centred = grouped - grouped.mean((2, 3), keepdim=True)
-    variance = centred.square().mean((2, 3), keepdim=True)
+    grouped = h.reshape(x.shape[0], num_groups, math.prod(x.shape[1:]) // num_groups)
+    centred = grouped - grouped.mean(2, keepdim=True)
+    # The mean of values far from zero is itself rounded; what it missed is still in the residuals.
+    centred = centred - centred.mean(2, keepdim=True)
+    variance = centred.square().mean(2, keepdim=True)
     y = (centred * torch.rsqrt(variance + eps)).reshape(x.shape)
     if weight is not None:
         y = y * weight.to(compute).view(1, *per_channel[1:])
