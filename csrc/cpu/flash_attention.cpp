@@ -1,0 +1,75 @@
+// flash_attention on the CPU, forward: tensors to FlashForward, and query blocks to threads.
+#include "flash_attention.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+
+#include "attention/inputs.h"
+#include "attention/scratch.h"
+#include "check.h"
+#include "isa.h"
+#include "parallel.h"
+
+VITKIT_ISA_TABLE(FlashForwardKernels, flash_forward_kernels)
+
+namespace vitkit::cpu {
+namespace {
+
+constexpr double kFlopsPerThread = 2e6;  // about 20 us, several times what waking a thread costs
+
+std::tuple<Tensor, Tensor> flash_attention_fwd(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias,
+                                               std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
+                                               bool causal, double scale) {
+  const AttentionArguments arguments("flash_attention", q, k, v, bias, cu_seqlens_q, cu_seqlens_k, causal, scale);
+  const AttentionInputs& in = arguments.in;
+  const bool packed = arguments.packed();
+  Tensor out = torch::stable::new_empty(q, q.sizes());
+  const std::vector<int64_t> lse_sizes =
+      packed ? std::vector<int64_t>{in.heads, in.nq} : std::vector<int64_t>{in.batch, in.heads, in.nq};
+  Tensor lse = torch::stable::new_empty(q, lse_sizes, ScalarType::Float);
+  if (!arguments.covers_queries()) {
+    torch::stable::zero_(out);
+    torch::stable::fill_(lse, -INFINITY);
+  }
+  if (out.numel() == 0) return {out, lse};
+
+  const FlashForwardKernels& kernels = flash_forward_kernels();
+  FlashForward p{in, rows_view(out), static_cast<float*>(lse.mutable_data_ptr()), packed ? 0 : in.heads * in.nq, in.nq,
+                 in.nk, nullptr};
+  std::vector<int64_t> first_item;
+  int64_t items = 0;
+  double pairs = 0;  // of a query and a key, over the batch
+  if (packed) {
+    p.max_nk = 0;
+    first_item.push_back(0);
+    for (int64_t b = 0; b < in.batch; ++b) {
+      p.max_nk = std::max(p.max_nk, arguments.keys(b));
+      pairs += double(arguments.queries(b)) * double(arguments.keys(b));
+      items += in.heads * kernels.blocks(in, arguments.queries(b), arguments.keys(b));
+      first_item.push_back(items);
+    }
+    p.first_item = first_item.data();
+  } else {
+    pairs = double(in.batch) * double(in.nq) * double(in.nk);
+    items = in.batch * in.heads * kernels.blocks(in, in.nq, in.nk);
+  }
+  if (items == 0) return {out, lse};
+
+  const size_t scratch = size_t(kernels.scratch_bytes(p));
+  const double flops = 4. * pairs * double(in.heads) * double(in.head_dim);
+  const int64_t grain = std::max<int64_t>(1, int64_t(kFlopsPerThread / (flops / double(items) + 1.)));
+  parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+    kernels.run(p, begin, end, thread_scratch(scratch));
+    release_large_scratch();
+  });
+  return {out, lse};
+}
+
+}  // namespace
+}  // namespace vitkit::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(vitkit, CPU, m) { m.impl("flash_attention_fwd", TORCH_BOX(&vitkit::cpu::flash_attention_fwd)); }
