@@ -46,10 +46,17 @@ class BuildNative(build_ext):
             )
 
 
-packages = [*find_packages(include=["vitkit", "vitkit.*"]), "vitkit.kernels"]
+# Folders that are not packages where they lie: a top-level package `kernels` would shadow the
+# Hugging Face one (kernels/README.md).
+MAPPED = {
+    "vitkit.kernels": "kernels/triton",
+    "vitkit.benchmarks": "benchmarks",
+    "vitkit.benchmarks.cases": "benchmarks/cases",
+}
+packages = [*find_packages(include=["vitkit", "vitkit.*"]), *MAPPED]
 setup(
     packages=packages,
-    package_dir={"vitkit": "vitkit", "vitkit.kernels": "kernels/triton"},
+    package_dir={"vitkit": "vitkit", **MAPPED},
     ext_modules=[Extension(f"vitkit.{name}", [], optional=True) for name in plan.targets],
     cmdclass={"build_ext": BuildNative},
 )

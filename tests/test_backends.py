@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-import vitkit
 
+import vitkit
 from vitkit import backends
 
 
@@ -32,7 +32,7 @@ def test_auto_takes_the_first_that_can():
 
 
 def test_an_explicit_backend_never_falls_back():
-    with pytest.raises(ValueError, match="^op: backend 'triton' cannot run: too hot$"):
+    with pytest.raises(ValueError, match=r"^op: backend 'triton' cannot run: too hot$"):
         backends.select("op", "triton", "cpu", lambda backend: "too hot")
 
 
@@ -115,8 +115,8 @@ def test_an_exported_program_loads_the_library_itself(tmp_path):
 
 
 def test_threads_and_forks_agree():
-    """Eight Python threads, then a forked child, give the same result: no shared scratch, no
-    deadlock.""" code = """
+    """Eight Python threads, then a forked child, agree: no shared scratch, no deadlock."""
+    code = """
 import os, threading, torch, vitkit
 torch.manual_seed(0)
 q, x = torch.randn(2, 65, 4, 32), torch.randn(2, 64, 9, 9)

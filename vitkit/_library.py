@@ -10,19 +10,27 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 LIB = torch.library.Library("vitkit", "DEF")
 NATIVE_OF_DEVICE = {"cpu": "_C_cpu", "cuda": "_C_cuda"}
 
+_flops: dict[str, Callable[..., int]] = {}
 _native_errors: dict[str, str | None] = {}
 _triton_errors: dict[str, str | None] = {}
+
+
+def _constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``torch.compiler.assume_constant_result`` does, without importing torch._dynamo for it
+    (over a second at ``import vitkit``)."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def native_path(name: str) -> Path | None:
@@ -33,7 +41,7 @@ def native_path(name: str) -> Path | None:
     return next((path for path in candidates if path.exists()), None)
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def native_error(name: str) -> str | None:
     """Loads the native library ``name`` once; None if it is loaded, otherwise the reason it is
     not."""
@@ -50,7 +58,7 @@ def native_error(name: str) -> str | None:
     return _native_errors[name]
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def native_kernel_error(op: str, device_type: str) -> str | None:
     """None if the native forward kernel of ``op`` can be called on ``device_type``, otherwise the
     reason it cannot."""
@@ -65,7 +73,7 @@ def _has_kernel(name: str, device_type: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"vitkit::{name}", device_type.upper())
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def triton_error(device_type: str) -> str | None:
     """None if Triton kernels can run on ``device_type`` tensors, otherwise the reason they
     cannot."""
@@ -134,7 +142,19 @@ def define(
         torch.library.register_fake(f"vitkit::{qualified}", fake, lib=LIB)
     LIB.impl(name, _load_then_redispatch(name), "CompositeExplicitAutograd")
     LIB.impl(f"{name}.triton", triton, "CompositeExplicitAutograd")
-    register_flop_formula(getattr(torch.ops.vitkit, name))(flops)
+    _flops[name] = flops
+
+
+@_constant_when_traced
+def register_flops() -> None:
+    """Hands the FLOP formulas to ``torch.utils.flop_counter`` once somebody uses it: importing it
+    would import Triton. The ops ask on every call, which costs a set lookup."""
+    if _flops and "torch.utils.flop_counter" in sys.modules:
+        from torch.utils.flop_counter import register_flop_formula
+
+        while _flops:
+            name, formula = _flops.popitem()
+            register_flop_formula(getattr(torch.ops.vitkit, name))(formula)
 
 
 def differentiable_backward(

@@ -394,6 +394,7 @@ def flash_attention(
         and isinstance(k, torch.Tensor)
         and isinstance(v, torch.Tensor)
     ):
+        _library.register_flops()
         key = (scale, backend, *map(layout_key, (q, k, v, bias, cu_seqlens_q, cu_seqlens_k)))
         chosen = _memo.get(key)
     if chosen is None:

@@ -287,6 +287,7 @@ def group_norm_silu(
         )  # as torch autocasts group_norm on CUDA, and only there
     chosen = None
     if not compiling and isinstance(x, torch.Tensor):
+        _library.register_flops()
         tensors = (x, weight, bias, add, scale, shift)
         key = (num_groups, eps, activation, backend, *map(layout_key, tensors))
         chosen = _memo.get(key)
