@@ -304,7 +304,9 @@ def build(out_dir: Path, build_dir: Path, p: Plan | None = None) -> Plan:
         build_dir.mkdir(parents=True, exist_ok=True)
         out_dir.mkdir(parents=True, exist_ok=True)
         write_ninja(p, build_dir.resolve(), out_dir.resolve())
-        subprocess.run([*_ninja(), "-C", str(build_dir), "-j", str(_jobs())], check=True)
+        # -k 0: a CUDA file that fails to compile must not cost the CPU library.
+        command = [*_ninja(), "-C", str(build_dir), "-j", str(_jobs()), "-k", "0"]
+        subprocess.run(command, check=True)
     return p
 
 

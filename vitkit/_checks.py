@@ -50,27 +50,3 @@ def check_shape(op: str, arg: str, value: torch.Tensor, shape: tuple[int, ...], 
         raise ValueError(
             f"{op}: {arg} must have shape {names} = {tuple(shape)}, got {tuple(value.shape)}"
         )
-
-
-def layout_key(t: torch.Tensor | None) -> Any:
-    """All that validation and backend choice depend on, cheap to hash."""
-    return None if t is None else (t.shape, t.stride(), t.dtype, t.device)
-
-
-class Memo:
-    """Remembers which backend a call of known shapes, strides, dtypes and devices takes, so that
-    the checks cost one dictionary lookup from the second call on. Bounded: variable-length inputs
-    must not grow it for ever."""
-
-    def __init__(self, limit: int = 4096) -> None:
-        self._chosen: dict[Any, str] = {}
-        self._limit = limit
-        self.get = self._chosen.get
-
-    def put(self, key: Any, backend: str) -> None:
-        if len(self._chosen) >= self._limit:
-            self._chosen.clear()
-        self._chosen[key] = backend
-
-    def clear(self) -> None:
-        self._chosen.clear()

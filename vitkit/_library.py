@@ -93,6 +93,18 @@ def triton_error(device_type: str) -> str | None:
     return _triton_errors[device_type]
 
 
+def _same_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """``fake``, refusing mixed devices: one meta tensor among real ones would dispatch here."""
+
+    def checked(*args: Any) -> Any:
+        devices = {a.device for a in args if isinstance(a, torch.Tensor)}
+        if len(devices) > 1:
+            raise ValueError(f"vitkit::{name}: tensors must be on one device, got {devices}")
+        return fake(*args)
+
+    return checked
+
+
 def _load_then_redispatch(name: str) -> Callable[..., Any]:
     """The kernel seen by a device whose native library is not loaded yet: loads it and calls the
     operator again.
@@ -139,7 +151,7 @@ def define(
     for overload in ("", "triton"):
         qualified = f"{name}.{overload}" if overload else name
         LIB.define(qualified + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"vitkit::{qualified}", fake, lib=LIB)
+        torch.library.register_fake(f"vitkit::{qualified}", _same_device(name, fake), lib=LIB)
     LIB.impl(name, _load_then_redispatch(name), "CompositeExplicitAutograd")
     LIB.impl(f"{name}.triton", triton, "CompositeExplicitAutograd")
     _flops[name] = flops
@@ -155,6 +167,49 @@ def register_flops() -> None:
         while _flops:
             name, formula = _flops.popitem()
             register_flop_formula(getattr(torch.ops.vitkit, name))(formula)
+
+
+def is_plain_cpu_call(x: torch.Tensor) -> bool:
+    """Whether a call on x needs nothing but its operator: no tracing, no autocast, CPU.
+
+    Such calls go straight to the C++ operator, whose own checks cost nanoseconds where those in
+    Python cost microseconds. If it refuses, the Python checks run and say why.
+    """
+    if torch.compiler.is_compiling() or not x.is_cpu or torch._C._is_any_autocast_enabled():
+        return False
+    register_flops()
+    return True
+
+
+def layout_key(*values: Any) -> Any:
+    """All that validation and backend choice depend on; None while tracing, and for arguments of
+    types that no check will let pass."""
+    if torch.compiler.is_compiling():
+        return None
+    key = tuple(
+        (v.shape, v.stride(), v.dtype, v.device) if isinstance(v, torch.Tensor) else v
+        for v in values
+    )
+    return key if all(v.__hash__ is not None for v in values) else None
+
+
+class Memo:
+    """Remembers what the checks found for calls of known layout, so that they cost one dictionary
+    lookup from the second call on. Bounded: inputs of ever new sizes must not grow it for ever."""
+
+    def __init__(self, limit: int = 4096) -> None:
+        self._plans: dict[Any, Any] = {}
+        self._limit = limit
+
+    def get(self, key: Any) -> Any:
+        return None if key is None else self._plans.get(key)
+
+    def put(self, key: Any, plan: Any) -> None:
+        if key is None:
+            return
+        if len(self._plans) >= self._limit:
+            self._plans.clear()
+        self._plans[key] = plan
 
 
 def differentiable_backward(

@@ -15,26 +15,24 @@ import importlib
 import itertools
 import math
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from vitkit import _library, backends
 from vitkit._checks import (
     NATIVE_FLOATING,
-    Memo,
     check_floating,
     check_same_device,
     check_same_dtype,
     check_shape,
     check_tensor,
-    layout_key,
     name_of,
 )
 
 NAME = "flash_attention"
 MAX_HEAD_DIM = 256
-_memo = Memo()
+_memo = _library.Memo()
 
 
 def reference(
@@ -149,6 +147,7 @@ _library.define(
 _library.define(
     "flash_attention_bwd", _BWD_SCHEMA, fake=_bwd_fake, triton=_bwd_triton, flops=_bwd_flops
 )
+_FWD = torch.ops.vitkit.flash_attention_fwd.default
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -384,48 +383,38 @@ def flash_attention(
         >>> vitkit.flash_attention(*qkv.unbind(2)).shape
         torch.Size([2, 197, 12, 64])
     """
-    compiling = torch.compiler.is_compiling()
-    if (compiling or torch._C._is_any_autocast_enabled()) and isinstance(q, torch.Tensor):
+    if backend == "auto" == backends.DEFAULT and scale is None and cu_seqlens_q is None:
+        try:
+            if _library.is_plain_cpu_call(q) and not (
+                torch.is_grad_enabled()
+                and (
+                    q.requires_grad
+                    or k.requires_grad
+                    or v.requires_grad
+                    or (bias is not None and bias.requires_grad)
+                )
+            ):
+                wide = bias if bias is None else _four_dimensions(bias)
+                out, lse = _FWD(q, k, v, wide, None, None, causal, q.shape[-1] ** -0.5)
+                return (out, lse) if return_lse else out
+        except Exception:
+            pass  # refused: the checks below say why, or choose another backend
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
         q, k, v = _autocast(q, k, v)
-    chosen = None
-    if (
-        not compiling
-        and isinstance(q, torch.Tensor)
-        and isinstance(k, torch.Tensor)
-        and isinstance(v, torch.Tensor)
-    ):
+    plan = _plan(q, k, v, bias, causal, scale, cu_seqlens_q, cu_seqlens_k, backend)
+    if not torch.compiler.is_compiling():
+        if cu_seqlens_q is not None and cu_seqlens_k is not None:
+            _check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+            _check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, k.shape[0])
         _library.register_flops()
-        key = (scale, backend, *map(layout_key, (q, k, v, bias, cu_seqlens_q, cu_seqlens_k)))
-        chosen = _memo.get(key)
-    if chosen is None:
-        device_type, reasons = _check(
-            q,
-            k,
-            v,
-            bias=bias,
-            causal=causal,
-            scale=scale,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-        )
-        chosen = backends.select(NAME, backend, device_type, reasons)
-        if not compiling:
-            _memo.put(key, chosen)
-    if cu_seqlens_q is not None and cu_seqlens_k is not None and not compiling:
-        _check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q.shape[0])
-        _check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, k.shape[0])
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    if bias is not None and bias.dim() < 4:
-        bias = bias[(None,) * (4 - bias.dim())]
-    if chosen == "reference":
+    if bias is not None:
+        bias = _four_dimensions(bias)
+    if plan.fwd is None:
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = reference(q, k, v, bias, cu_seqlens_q, cu_seqlens_k, causal, scale)
+            out, lse = reference(q, k, v, bias, cu_seqlens_q, cu_seqlens_k, causal, plan.scale)
     else:
-        overload = "triton" if chosen == "triton" else "default"
-        q, k, v = (
-            t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v)
-        )
+        if plan.copy:
+            q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
         if torch.is_grad_enabled() and (
             q.requires_grad
             or k.requires_grad
@@ -433,13 +422,53 @@ def flash_attention(
             or (bias is not None and bias.requires_grad)
         ):
             tensors: tuple[Any, ...] = (q, k, v, bias, cu_seqlens_q, cu_seqlens_k)
-            if compiling:
+            if torch.compiler.is_compiling():
                 tensors = _library.distinct(*tensors)
-            out, lse = _FlashAttention.apply(*tensors, causal, float(scale), overload)
+            out, lse = _FlashAttention.apply(*tensors, causal, plan.scale, plan.overload)
         else:
-            op = getattr(torch.ops.vitkit.flash_attention_fwd, overload)
-            out, lse = op(q, k, v, bias, cu_seqlens_q, cu_seqlens_k, causal, scale)
+            out, lse = plan.fwd(q, k, v, bias, cu_seqlens_q, cu_seqlens_k, causal, plan.scale)
     return (out, lse) if return_lse else out
+
+
+def _four_dimensions(bias: torch.Tensor) -> torch.Tensor:
+    return bias if bias.dim() >= 4 else bias[(None,) * (4 - bias.dim())]
+
+
+class _Plan(NamedTuple):
+    """All that shapes, strides, dtypes and devices decide about a call."""
+
+    fwd: Any  # the operator, None for the reference
+    overload: str
+    scale: float
+    copy: bool  # a last dimension is not dense
+
+
+def _plan(q, k, v, bias, causal, scale, cu_seqlens_q, cu_seqlens_k, backend) -> _Plan:
+    """Validates the call and chooses its backend, once for calls of the same layout."""
+    key = _library.layout_key(scale, backend, q, k, v, bias, cu_seqlens_q, cu_seqlens_k)
+    plan = _memo.get(key)
+    if plan is not None:
+        return plan
+    device_type, reasons = _check(
+        q,
+        k,
+        v,
+        bias=bias,
+        causal=causal,
+        scale=scale,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+    )
+    chosen = backends.select(NAME, backend, device_type, reasons)
+    overload = "triton" if chosen == "triton" else "default"
+    plan = _Plan(
+        None if chosen == "reference" else getattr(torch.ops.vitkit.flash_attention_fwd, overload),
+        overload,
+        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        any(t.stride(-1) != 1 for t in (q, k, v)),
+    )
+    _memo.put(key, plan)
+    return plan
 
 
 def _autocast(*tensors):

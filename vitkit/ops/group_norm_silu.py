@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +22,14 @@ import torch.nn.functional as F
 from vitkit import _library, backends
 from vitkit._checks import (
     NATIVE_FLOATING,
-    Memo,
     check_floating,
     check_same_device,
     check_shape,
-    layout_key,
     name_of,
 )
 
 NAME = "group_norm_silu"
-_memo = Memo()
+_memo = _library.Memo()
 
 
 def reference(
@@ -131,6 +129,7 @@ _library.define(
 _library.define(
     "group_norm_silu_bwd", _BWD_SCHEMA, fake=_bwd_fake, triton=_bwd_triton, flops=_bwd_flops
 )
+_FWD = torch.ops.vitkit.group_norm_silu_fwd.default
 
 
 class _GroupNormSilu(torch.autograd.Function):
@@ -280,47 +279,73 @@ def group_norm_silu(
         atol=1e-5) True
     """
     silu = activation == "silu"
-    compiling = torch.compiler.is_compiling()
+    options = (weight, bias, add, scale, shift)
+    if backend == "auto" == backends.DEFAULT and (silu or activation is None):
+        try:
+            if _library.is_plain_cpu_call(x) and not (
+                torch.is_grad_enabled()
+                and (x.requires_grad or any(t is not None and t.requires_grad for t in options))
+            ):
+                return _FWD(x, num_groups, weight, bias, eps, silu, add, scale, shift)[0]
+        except Exception:
+            pass  # refused: the checks below say why, or choose another backend
     if isinstance(x, torch.Tensor) and x.is_cuda and torch.is_autocast_enabled("cuda"):
-        x = (
-            x.float() if x.dtype != torch.float64 else x
-        )  # as torch autocasts group_norm on CUDA, and only there
-    chosen = None
-    if not compiling and isinstance(x, torch.Tensor):
+        # As torch autocasts group_norm: on CUDA, and only there.
+        x = x.float() if x.dtype != torch.float64 else x
+    plan = _plan(x, num_groups, eps, activation, options, backend)
+    if not torch.compiler.is_compiling():
         _library.register_flops()
-        tensors = (x, weight, bias, add, scale, shift)
-        key = (num_groups, eps, activation, backend, *map(layout_key, tensors))
-        chosen = _memo.get(key)
-    if chosen is None:
-        device_type, reasons = _check(
-            x,
-            num_groups,
-            weight,
-            bias,
-            eps,
-            activation=activation,
-            add=add,
-            scale=scale,
-            shift=shift,
-        )
-        chosen = backends.select(NAME, backend, device_type, reasons)
-        if not compiling:
-            _memo.put(key, chosen)
-    if chosen == "reference":
+    if plan.fwd is None:
         return reference(x, num_groups, weight, bias, eps, silu, add, scale, shift)
-    x = _dense(x, _channels_last(x))
-    overload = "triton" if chosen == "triton" else "default"
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias, add, scale, shift)
+    if plan.copy:
+        x = x.contiguous()
+    if torch.is_grad_enabled() and (
+        x.requires_grad or any(t is not None and t.requires_grad for t in options)
     ):
-        if compiling:
-            x, *rest = _library.distinct(x, weight, bias, add, scale, shift)
+        if torch.compiler.is_compiling():
+            x, *rest = _library.distinct(x, *options)
             weight, bias, add, scale, shift = rest
         return _GroupNormSilu.apply(
-            x, num_groups, weight, bias, float(eps), silu, add, scale, shift, overload
+            x, num_groups, weight, bias, float(eps), silu, add, scale, shift, plan.overload
         )[0]
-    op = getattr(torch.ops.vitkit.group_norm_silu_fwd, overload)
-    return op(x, num_groups, weight, bias, eps, silu, add, scale, shift)[0]
+    return plan.fwd(x, num_groups, weight, bias, eps, silu, add, scale, shift)[0]
+
+
+class _Plan(NamedTuple):
+    """All that shapes, strides, dtypes and devices decide about a call."""
+
+    fwd: Any  # the operator, None for the reference
+    overload: str
+    copy: bool  # x is neither contiguous nor channels_last
+
+
+def _plan(x, num_groups, eps, activation, options, backend) -> _Plan:
+    """Validates the call and chooses its backend, once for calls of the same layout."""
+    key = _library.layout_key(num_groups, eps, activation, backend, x, *options)
+    plan = _memo.get(key)
+    if plan is not None:
+        return plan
+    weight, bias, add, scale, shift = options
+    device_type, reasons = _check(
+        x,
+        num_groups,
+        weight,
+        bias,
+        eps,
+        activation=activation,
+        add=add,
+        scale=scale,
+        shift=shift,
+    )
+    chosen = backends.select(NAME, backend, device_type, reasons)
+    overload = "triton" if chosen == "triton" else "default"
+    plan = _Plan(
+        None if chosen == "reference" else getattr(torch.ops.vitkit.group_norm_silu_fwd, overload),
+        overload,
+        not x.is_contiguous() and not _channels_last(x),
+    )
+    _memo.put(key, plan)
+    return plan
 
 
 backends.OPS[NAME] = backends.Op(group_norm_silu, _check)
