@@ -450,12 +450,14 @@ def test_bad_input(arguments, error, message, device):
 
 
 def test_offsets_changed_in_place_are_checked_again(device):
-    offsets = OFFSETS.clone().to(device)
-    q = torch.zeros(7, 2, 8, device=device)
-    vitkit.flash_attention(q, q, q, cu_seqlens_q=offsets, cu_seqlens_k=offsets)
-    offsets[1] = 99
-    with pytest.raises(ValueError, match="cu_seqlens_q must start at 0"):
-        vitkit.flash_attention(q, q, q, cu_seqlens_q=offsets, cu_seqlens_k=offsets)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            offsets = OFFSETS.clone().to(device)
+            q = torch.zeros(7, 2, 8, device=device)
+            vitkit.flash_attention(q, q, q, cu_seqlens_q=offsets, cu_seqlens_k=offsets)
+            offsets[1] = 99
+            with pytest.raises(ValueError, match="cu_seqlens_q must start at 0"):
+                vitkit.flash_attention(q, q, q, cu_seqlens_q=offsets, cu_seqlens_k=offsets)
 
 
 def test_kernels_refuse_what_only_the_reference_can(device):

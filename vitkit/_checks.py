@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from typing import Any
 
 import torch
@@ -50,3 +52,42 @@ def check_shape(op: str, arg: str, value: torch.Tensor, shape: tuple[int, ...], 
         raise ValueError(
             f"{op}: {arg} must have shape {names} = {tuple(shape)}, got {tuple(value.shape)}"
         )
+
+
+def check_cu_seqlens(op: str, arg: str, value: Any, q: torch.Tensor) -> None:
+    """Type, shape and device of the offsets of packed sequences."""
+    check_tensor(op, arg, value)
+    if value.dtype != torch.int32:
+        raise TypeError(f"{op}: {arg} must be int32, got {name_of(value.dtype)}")
+    check_same_device(op, arg, value, q, "q")
+    if value.dim() != 1 or value.shape[0] < 1:
+        raise ValueError(f"{op}: {arg} must have shape [S + 1], got {tuple(value.shape)}")
+
+
+# id -> (weak reference, version, tokens) of offsets found right
+_checked_values: dict[int, tuple[weakref.ref, int, int]] = {}
+
+
+def check_cu_seqlens_values(op: str, arg: str, value: torch.Tensor, tokens: int) -> None:
+    """Reads the offsets once per tensor and version: the layers of a model share one cu_seqlens,
+    and on a GPU reading it waits for the device. Kernels clamp the values as well, so skipping the
+    check under capture is safe."""
+    if value.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    # Tensors made in inference mode have no version: they are read on every call.
+    version = None if value.is_inference() else value._version
+    seen = _checked_values.get(id(value))
+    if seen is not None and seen[0]() is value and seen[1:] == (version, tokens):
+        return
+    offsets = value.tolist()
+    increasing = all(a <= b for a, b in itertools.pairwise(offsets))
+    if offsets[0] != 0 or offsets[-1] != tokens or not increasing:
+        shown = offsets if len(offsets) <= 8 else [*offsets[:4], "...", *offsets[-3:]]
+        raise ValueError(
+            f"{op}: {arg} must start at 0, never decrease and end at the number of tokens"
+            f" {tokens}, got {shown}"
+        )
+    if version is not None:
+        if len(_checked_values) > 256:
+            _checked_values.clear()
+        _checked_values[id(value)] = (weakref.ref(value), version, tokens)

@@ -12,9 +12,7 @@ is reduced to the bias's own shape inside the kernels.
 from __future__ import annotations
 
 import importlib
-import itertools
 import math
-import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +20,8 @@ import torch
 from vitkit import _library, backends
 from vitkit._checks import (
     NATIVE_FLOATING,
+    check_cu_seqlens,
+    check_cu_seqlens_values,
     check_floating,
     check_same_device,
     check_same_dtype,
@@ -254,7 +254,7 @@ def _check(
         for arg, value in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
             if value is None:
                 raise ValueError(f"{NAME}: {arg} must be given together with its twin, got None")
-            _check_cu_seqlens(arg, value, q)
+            check_cu_seqlens(NAME, arg, value, q)
         check_shape(
             NAME,
             "cu_seqlens_k",
@@ -281,41 +281,6 @@ def _check_bias(bias, q, k, packed):
         raise ValueError(
             f"{NAME}: bias must broadcast to [B, H, Nq, Nk] = {full}, got {tuple(bias.shape)}"
         )
-
-
-def _check_cu_seqlens(arg, value, q):
-    check_tensor(NAME, arg, value)
-    if value.dtype != torch.int32:
-        raise TypeError(f"{NAME}: {arg} must be int32, got {name_of(value.dtype)}")
-    check_same_device(NAME, arg, value, q, "q")
-    if value.dim() != 1 or value.shape[0] < 1:
-        raise ValueError(f"{NAME}: {arg} must have shape [S + 1], got {tuple(value.shape)}")
-
-
-# id -> (weak reference, version, tokens) of offsets found right
-_checked_values: dict[int, tuple[weakref.ref, int, int]] = {}
-
-
-def _check_cu_seqlens_values(arg: str, value: torch.Tensor, tokens: int) -> None:
-    """Reads the offsets once per tensor and version: the layers of a model share one cu_seqlens,
-    and on a GPU reading it waits for the device. Kernels clamp the values as well, so skipping the
-    check under capture is safe."""
-    if value.is_cuda and torch.cuda.is_current_stream_capturing():
-        return
-    seen = _checked_values.get(id(value))
-    if seen is not None and seen[0]() is value and seen[1:] == (value._version, tokens):
-        return
-    offsets = value.tolist()
-    increasing = all(a <= b for a, b in itertools.pairwise(offsets))
-    if offsets[0] != 0 or offsets[-1] != tokens or not increasing:
-        shown = offsets if len(offsets) <= 8 else [*offsets[:4], "...", *offsets[-3:]]
-        raise ValueError(
-            f"{NAME}: {arg} must start at 0, never decrease and end at the number of tokens"
-            f" {tokens}, got {shown}"
-        )
-    if len(_checked_values) > 256:
-        _checked_values.clear()
-    _checked_values[id(value)] = (weakref.ref(value), value._version, tokens)
 
 
 def why_not(backend: str, tensors: list[torch.Tensor], head_dim: int) -> str | None:
@@ -404,8 +369,8 @@ def flash_attention(
     plan = _plan(q, k, v, bias, causal, scale, cu_seqlens_q, cu_seqlens_k, backend)
     if not torch.compiler.is_compiling():
         if cu_seqlens_q is not None and cu_seqlens_k is not None:
-            _check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q.shape[0])
-            _check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+            check_cu_seqlens_values(NAME, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
+            check_cu_seqlens_values(NAME, "cu_seqlens_k", cu_seqlens_k, k.shape[0])
         _library.register_flops()
     if bias is not None:
         bias = _four_dimensions(bias)
