@@ -55,7 +55,7 @@ struct ForwardWorkspace {
     out = arena.take<float>(kGroupBlocks * kMaxBlockRows * out_stride);
     shift = arena.take<float>(kGroupBlocks * kMaxBlockRows);
     sum = arena.take<float>(kGroupBlocks * kMaxBlockRows);
-    rescale = arena.take<float>(kMaxBlockRows);
+    rescale = arena.take<float>(kMaxBlockRows + kLanes);
     bytes = arena.next - base;
   }
   int64_t bytes;
@@ -146,35 +146,33 @@ class Forward {
     }
   }
 
-  // Scores become probabilities relative to the row's shift (its maximum so far, in base-2 units).
+  // Scores become probabilities relative to the row's shift (its maximum so far, in base-2 units). Two loops: with all
+  // maxima known beforehand the exponentials of consecutive rows overlap.
   void softmax(int64_t in_group, int64_t first_row, int64_t rows, int64_t first_key, int64_t n, bool first) const {
     constexpr int kDegree = std::is_same_v<T, float> ? 5 : 4;
     float* shifts = w_.shift + in_group * kMaxBlockRows;
     float* sums = w_.sum + in_group * kMaxBlockRows;
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t i = first_row + r, keys = visible(i, first_key, n);
-      const int64_t tile_end = r - r % kTileRows + kTileRows;
-      const int64_t padded = visible(first_row + (tile_end < rows ? tile_end : rows) - 1, first_key, n);
+      const int64_t keys = visible(first_row + r, first_key, n);
       float* s = w_.scores + r * w_.score_stride;
-      float top, scale = scale_;
-      if constexpr (Term::kNone) {
-        top = row_max(s, keys) * scale;
-      } else {
-        top = term_.apply(i, first_key, keys, scale, s);
-        scale = 1.f;
-      }
-      if (keys == 0) top = -INFINITY;
+      const float top = Term::kNone ? row_max(s, keys) * scale_ : term_.apply(first_row + r, first_key, keys, scale_, s);
       const float before = first ? -INFINITY : shifts[r];
-      const float shift = before > top ? before : top;
-      const float finite = shift == -INFINITY ? 0.f : shift;
-      const float total = row_exp<kDegree>(s, keys, padded, scale, finite);
-      const float rescale = first ? 0.f : exp2_softmax<5>(splat(before - finite))[0];
-      w_.rescale[r] = rescale;
-      shifts[r] = shift;
-      sums[r] = first ? total : sums[r] * rescale + total;
+      shifts[r] = keys > 0 && !(before > top) ? top : before;
+      w_.rescale[r] = before - finite(shifts[r]);
     }
-    if (rows % 2) w_.rescale[rows] = 0.f;
+    w_.rescale[rows] = 0.f;  // read when a tile has one row more than the block
+    if (!first) row_exp<5>(w_.rescale, rows, rows, 1.f, 0.f);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t last = r - r % kTileRows + kTileRows < rows ? r - r % kTileRows + kTileRows : rows;
+      const float total = row_exp<kDegree>(w_.scores + r * w_.score_stride, visible(first_row + r, first_key, n),
+                                           visible(first_row + last - 1, first_key, n), Term::kNone ? scale_ : 1.f,
+                                           finite(shifts[r]));
+      sums[r] = first ? total : sums[r] * w_.rescale[r] + total;
+    }
   }
+
+  // The shift of a row that attends nothing so far.
+  static float finite(float shift) { return shift == -INFINITY ? 0.f : shift; }
 
   template <Epilogue kEpilogue>
   void accumulate(int64_t in_group, int64_t first_row, int64_t rows, int64_t first_key, int64_t n,
