@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <tuple>
 
@@ -20,6 +21,25 @@ namespace vitkit::cpu {
 namespace {
 
 constexpr double kFlopsPerThread = 2e6;  // about 20 us, several times what waking a thread costs
+constexpr int64_t kUnitsPerThread = 4;
+
+// Threads take units of consecutive items until none is left: cores differ in speed (hybrid CPUs, other work on the
+// machine) and causal blocks in cost. A unit is one or more whole heads where there are enough of them, because each
+// thread that works on a head packs its keys again.
+void run_items(const FlashForwardKernels& kernels, const FlashForward& p, int64_t items, int64_t heads, double flops) {
+  const int64_t threads = std::clamp<int64_t>(int64_t(flops / kFlopsPerThread), 1, num_threads());
+  const int64_t head_items = (items + heads - 1) / heads;
+  int64_t unit = std::max<int64_t>(1, items / (threads * kUnitsPerThread));
+  if (unit >= head_items) unit = unit / head_items * head_items;
+  const size_t scratch = size_t(kernels.scratch_bytes(p));
+  std::atomic<int64_t> next{0};
+  parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    void* memory = thread_scratch(scratch);
+    for (int64_t begin; (begin = next.fetch_add(unit, std::memory_order_relaxed)) < items;)
+      kernels.run(p, begin, std::min(begin + unit, items), memory);
+    release_large_scratch();
+  });
+}
 
 std::tuple<Tensor, Tensor> flash_attention_fwd(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias,
                                                std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
@@ -59,13 +79,8 @@ std::tuple<Tensor, Tensor> flash_attention_fwd(Tensor q, Tensor k, Tensor v, std
   }
   if (items == 0) return {out, lse};
 
-  const size_t scratch = size_t(kernels.scratch_bytes(p));
   const double flops = 4. * pairs * double(in.heads) * double(in.head_dim);
-  const int64_t grain = std::max<int64_t>(1, int64_t(kFlopsPerThread / (flops / double(items) + 1.)));
-  parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
-    kernels.run(p, begin, end, thread_scratch(scratch));
-    release_large_scratch();
-  });
+  run_items(kernels, p, items, in.batch * in.heads, flops);
   return {out, lse};
 }
 

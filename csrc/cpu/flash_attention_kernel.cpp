@@ -1,7 +1,8 @@
 // flash_attention forward: strided maps, no term or a dense one.
 #include "flash_attention.h"
 
-#include "attention/forward.h"
+#include "attention/forward_amx.h"
+#include "attention/forward_float32.h"
 
 namespace vitkit::cpu::VITKIT_ISA {
 namespace {
@@ -39,60 +40,98 @@ DenseTerm dense_term(const BiasView& bias, int64_t b, int64_t h) {
   return {bias.data + offset * element_size(bias.type), bias.type, bias.query_stride, bias.key_stride};
 }
 
-// Calls f(b, h, extent, first block, last block) for each head that items [begin, end) touch.
-template <typename F>
-void for_each_head(const FlashForward& p, int64_t begin, int64_t end, const F& f) {
-  int64_t b = 0, item = begin;
-  while (item < end) {
-    int64_t first = 0, blocks;
-    if (p.first_item) {
-      while (p.first_item[b + 1] <= item) ++b;
-      first = p.first_item[b];
-      blocks = (p.first_item[b + 1] - first) / p.in.heads;
-    } else {
-      blocks = Tiling(p.in.nq, p.in.nk).blocks;
-      b = item / (blocks * p.in.heads);
-      first = b * blocks * p.in.heads;
-    }
-    const int64_t h = (item - first) / blocks, block = (item - first) % blocks;
-    const int64_t stop = block + (end - item) < blocks ? block + (end - item) : blocks;
-    f(b, h, extent(p.in, b), block, stop);
-    item += stop - block;
+// Part of one batch element: blocks [begin, end) of heads [h, h + heads); of several heads always all blocks.
+struct Part {
+  int64_t b, h, heads, begin, end;
+};
+
+// The part that starts at `item`: up to max_heads whole heads, or what is left of one.
+template <typename Compute>
+Part part_at(const FlashForward& p, int64_t item, int64_t end, int64_t max_heads) {
+  int64_t b = 0, first = 0, blocks;
+  if (p.first_item) {
+    while (p.first_item[b + 1] <= item) ++b;
+    first = p.first_item[b];
+    blocks = (p.first_item[b + 1] - first) / p.in.heads;
+  } else {
+    blocks = tiling<Compute>(p.in.nq, p.in.nk).blocks;
+    b = item / (blocks * p.in.heads);
+    first = b * blocks * p.in.heads;
+  }
+  const int64_t h = (item - first) / blocks, block = (item - first) % blocks;
+  const int64_t whole = smaller(smaller((end - item) / blocks, p.in.heads - h), max_heads);
+  if (block == 0 && whole > 1) return {b, h, whole, 0, blocks};
+  return {b, h, 1, block, smaller(block + (end - item), blocks)};
+}
+
+DenseTerm make_term(const FlashForward& p, int64_t b, int64_t h, DenseTerm*) { return dense_term(p.in.bias, b, h); }
+NoTerm make_term(const FlashForward&, int64_t, int64_t, NoTerm*) { return {}; }
+
+template <typename Compute, typename Term>
+void run_with(const FlashForward& p, int64_t begin, int64_t end, void* scratch) {
+  using T = typename Compute::Element;
+  const Workspace<Compute> workspace(static_cast<char*>(scratch), p.in.head_dim, p.max_nk, p.in.heads);
+  for (int64_t item = begin; item < end;) {
+    const Part part = part_at<Compute>(p, item, end, workspace.sweep_heads);
+    Head<StridedMap<T>, Term> heads[kMaxSweepHeads];
+    for (int64_t i = 0; i < part.heads; ++i)
+      heads[i] = {strided_map<T>(p, extent(p.in, part.b), part.b, part.h + i),
+                  make_term(p, part.b, part.h + i, static_cast<Term*>(nullptr))};
+    Forward<Compute, StridedMap<T>, Term>(heads, part.heads, p.in.scale, workspace).run(part.begin, part.end);
+    item += part.heads * (part.end - part.begin);
   }
 }
 
-template <typename T>
-void run_typed(const FlashForward& p, int64_t begin, int64_t end, void* scratch) {
-  const ForwardWorkspace workspace(static_cast<char*>(scratch), p.in.head_dim, p.max_nk);
-  for_each_head(p, begin, end, [&](int64_t b, int64_t h, const Extent& e, int64_t first, int64_t last) {
-    const StridedMap<T> map = strided_map<T>(p, e, b, h);
-    if (p.in.bias.data) {
-      const DenseTerm term = dense_term(p.in.bias, b, h);
-      Forward<T, StridedMap<T>, DenseTerm>(map, term, p.in.scale, workspace).run(first, last);
-    } else {
-      const NoTerm term;
-      Forward<T, StridedMap<T>, NoTerm>(map, term, p.in.scale, workspace).run(first, last);
-    }
-  });
-}
+template <typename Compute>
+struct Run {
+  static int64_t blocks(int64_t nq, int64_t nk) { return tiling<Compute>(nq, nk).blocks; }
 
-int64_t blocks(const AttentionInputs&, int64_t nq, int64_t nk) { return Tiling(nq, nk).blocks; }
+  static int64_t scratch_bytes(const FlashForward& p) {
+    return Workspace<Compute>(nullptr, p.in.head_dim, p.max_nk, p.in.heads).bytes;
+  }
 
-int64_t scratch_bytes(const FlashForward& p) { return ForwardWorkspace(nullptr, p.in.head_dim, p.max_nk).bytes; }
+  static void run(const FlashForward& p, int64_t begin, int64_t end, void* scratch) {
+    if (p.in.bias.data)
+      run_with<Compute, DenseTerm>(p, begin, end, scratch);
+    else
+      run_with<Compute, NoTerm>(p, begin, end, scratch);
+  }
+};
 
-void run(const FlashForward& p, int64_t begin, int64_t end, void* scratch) {
-  const FlushDenormals flush;
-  switch (p.in.type) {
+// f(Run<Compute>()) with the arithmetic for a type.
+template <typename F>
+auto dispatch(ElementType type, const F& f) {
+  switch (type) {
     case ElementType::f32:
-      return run_typed<float>(p, begin, end, scratch);
+      return f(Run<Float32Compute<float>>());
     case ElementType::bf16:
-      return run_typed<bf16>(p, begin, end, scratch);
+#if defined(VITKIT_AMX)
+      return f(Run<AmxCompute>());
+#else
+      return f(Run<Float32Compute<bf16>>());
+#endif
     case ElementType::f16:
-      return run_typed<f16>(p, begin, end, scratch);
+      return f(Run<Float32Compute<f16>>());
     case ElementType::boolean:
       break;
   }
   __builtin_trap();
+}
+
+int64_t blocks(const AttentionInputs& in, int64_t nq, int64_t nk) {
+  return dispatch(in.type, [&](auto run) { return run.blocks(nq, nk); });
+}
+
+int64_t scratch_bytes(const FlashForward& p) {
+  return dispatch(p.in.type, [&](auto run) { return run.scratch_bytes(p); });
+}
+
+void run(const FlashForward& p, int64_t begin, int64_t end, void* scratch) {
+  const FlushDenormals flush;
+#if defined(VITKIT_AMX)
+  const TileUnit unit;
+#endif
+  dispatch(p.in.type, [&](auto run) { run.run(p, begin, end, scratch); });
 }
 
 }  // namespace

@@ -1,213 +1,190 @@
-// Attention forward in float32 arithmetic, for any element type, token map and score term.
+// Attention forward: which queries meet which keys, when keys are packed, and what becomes of a finished row. The
+// arithmetic is a `Compute` (forward_float32.h, forward_amx.h), the layout a token map, the bias a score term.
 //
-// A block of queries meets a chunk of keys: S = Q K^T, one softmax pass over each row of S, O += P V, with K and V packed
-// into panels once per chunk. Up to kSingleChunk keys there is one chunk and the softmax is exact in one go; beyond that
-// running maximum and sum are rescaled from chunk to chunk. Memory is bounded whatever the number of keys: packed keys
-// are kept for all query blocks when they fit kResidentBytes, otherwise a group of query blocks shares each packing.
+// A block of queries meets a chunk of keys at a time. Up to kSingleChunk keys there is one chunk and the softmax is exact
+// in one go; beyond that maximum, sum and output are rescaled from chunk to chunk. Memory is bounded whatever the number
+// of keys: packed chunks are kept for all query blocks when they fit kResidentBytes, otherwise a group of query blocks
+// shares each packing.
 #pragma once
 
 #include "attention/arena.h"
-#include "attention/pack.h"
 #include "attention/score_term.h"
+#include "attention/softmax.h"
 #include "attention/token_map.h"
 
 namespace vitkit::cpu::VITKIT_ISA {
 
-constexpr int64_t kBlockRows = 48;       // S of a block (48 x 640 floats) and one chunk of K or V fit a 512 KiB L2
-constexpr int64_t kSingleChunk = 640;    // ViT-L/14 at 336 pixels has 577 tokens
-constexpr int64_t kChunk = 512;
-constexpr int64_t kGroupBlocks = 8;      // query blocks per packing of a chunk that does not stay resident
+constexpr int64_t kGroupRows = 1024;           // packing again per group costs about 2 % of its products
 constexpr int64_t kResidentBytes = 4 << 20;
+constexpr int64_t kSweepBytes = 256 << 10;     // packed keys of the heads of one sweep: half a small second-level cache
+constexpr int64_t kMaxSweepHeads = 8;
 
-// Where a problem of nq queries and nk keys is cut. Depends on nothing else, so results do not depend on the number of
-// threads or on the other problems of the batch.
+VITKIT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+VITKIT_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Where a problem is cut. Depends on nothing but its own size, so that results do not depend on the number of threads or
+// on the other problems of the batch.
 struct Tiling {
   int64_t block_rows, blocks, chunk, chunks;
-
-  Tiling(int64_t nq, int64_t nk) {
-    blocks = (nq + kBlockRows - 1) / kBlockRows;
-    block_rows = blocks ? round_up((nq + blocks - 1) / blocks, kTileRows) : 0;
-    blocks = blocks ? (nq + block_rows - 1) / block_rows : 0;
-    chunks = nk <= kSingleChunk ? nk > 0 : (nk + kChunk - 1) / kChunk;
-    chunk = chunks ? round_up((nk + chunks - 1) / chunks, kPanel) : 0;
-  }
 };
 
-constexpr int64_t kMaxBlockRows = (kBlockRows + kTileRows - 1) / kTileRows * kTileRows;
+template <typename Compute>
+VITKIT_INLINE Tiling tiling(int64_t nq, int64_t nk) {
+  Tiling t{};
+  if (nq > 0) {
+    t.block_rows = divide_up(divide_up(nq, divide_up(nq, Compute::kBlockRows)), Compute::kRowStep) * Compute::kRowStep;
+    t.blocks = divide_up(nq, t.block_rows);
+  }
+  if (nk > 0) {
+    t.chunks = nk <= Compute::kSingleChunk ? 1 : divide_up(nk, Compute::kChunk);
+    t.chunk = divide_up(divide_up(nk, t.chunks), Compute::kKeyStep) * Compute::kKeyStep;
+  }
+  return t;
+}
 
-struct ForwardWorkspace {
-  int64_t head_dim, score_stride, out_stride, slots;
-  float *q, *scores, *k, *v, *out, *shift, *sum, *rescale;
+// `rows` queries from first_row on; `at` is where the group's buffers hold them.
+struct Block {
+  int64_t first_row, rows, at;
+};
 
-  // For problems of at most max_nk keys.
-  ForwardWorkspace(char* base, int64_t head_dim, int64_t max_nk) : head_dim(head_dim) {
-    const Tiling widest(1, max_nk);
-    const int64_t chunk = max_nk <= kSingleChunk ? widest.chunk : kSingleChunk;
-    const int64_t slot_bytes = (panels_size(chunk, head_dim) + panels_size(head_dim, chunk)) * int64_t(sizeof(float));
-    slots = widest.chunks * slot_bytes <= kResidentBytes ? widest.chunks : 1;
-    score_stride = chunk + kPanel;  // not a power of two: rows would share cache sets
-    out_stride = num_panels(head_dim) * kPanel;
+// `keys` keys from first_key on, packed in `slot`.
+struct Chunk {
+  int64_t first_key, keys, slot;
+  bool first;
+};
+
+// Of the keys of a chunk, those that query i attends: the first so many.
+template <typename Map>
+VITKIT_INLINE int64_t visible(const Map& map, int64_t i, const Chunk& c) {
+  if (!map.causal) return c.keys;
+  const int64_t keys = i + 1 - c.first_key;
+  return keys < 0 ? 0 : smaller(keys, c.keys);
+}
+
+// The shift of a row that attends nothing so far.
+VITKIT_INLINE f32v finite_shift(f32v shift) { return shift == -INFINITY ? f32v{} : shift; }
+
+struct WorkspaceSizes {
+  int64_t head_dim, chunk, slots, group_rows;
+};
+
+template <typename Compute>
+struct Workspace {
+  WorkspaceSizes sizes;
+  int64_t sweep_heads;
+  Compute compute;
+  float *shift, *sum;  // of each row of the group: maximum so far in base-2 units, sum of 2^(score - shift)
+  int64_t bytes;
+
+  // For problems of at most max_nk keys, of which `heads` lie side by side.
+  Workspace(char* base, int64_t head_dim, int64_t max_nk, int64_t heads) {
+    const Tiling t = tiling<Compute>(1, max_nk);
+    const int64_t limit = divide_up(Compute::kSingleChunk, Compute::kKeyStep) * Compute::kKeyStep;
+    sizes.head_dim = head_dim;
+    sizes.chunk = max_nk <= Compute::kSingleChunk ? t.chunk : limit;
+    sizes.group_rows = kGroupRows / Compute::kBlockRows * Compute::kBlockRows;
+    const int64_t slot_bytes = Compute::slot_bytes(head_dim, sizes.chunk);
+    sweep_heads = t.chunks == 1 && slot_bytes > 0 ? kSweepBytes / slot_bytes : 1;
+    sweep_heads = smaller(smaller(sweep_heads < 1 ? 1 : sweep_heads, kMaxSweepHeads), heads);
+    sizes.slots = t.chunks * slot_bytes <= kResidentBytes ? t.chunks : 1;
+    if (sizes.slots < sweep_heads) sizes.slots = sweep_heads;
     Arena arena{base};
-    q = arena.take<float>(kMaxBlockRows * head_dim);
-    scores = arena.take<float>(kMaxBlockRows * score_stride);
-    k = arena.take<float>(slots * panels_size(chunk, head_dim));
-    v = arena.take<float>(slots * panels_size(head_dim, chunk));
-    out = arena.take<float>(kGroupBlocks * kMaxBlockRows * out_stride);
-    shift = arena.take<float>(kGroupBlocks * kMaxBlockRows);
-    sum = arena.take<float>(kGroupBlocks * kMaxBlockRows);
-    rescale = arena.take<float>(kMaxBlockRows + kLanes);
+    compute = Compute(arena, sizes);
+    shift = arena.take<float>(sizes.group_rows + kLanes);
+    sum = arena.take<float>(sizes.group_rows + kLanes);
     bytes = arena.next - base;
   }
-  int64_t bytes;
 };
 
-template <typename T, typename Map, typename Term>
+template <typename Map, typename Term>
+struct Head {
+  Map map;
+  Term term;
+};
+
+// `count` heads (at most sweep_heads) of one tiling.
+template <typename Compute, typename Map, typename Term>
 class Forward {
  public:
-  Forward(const Map& map, const Term& term, float scale, const ForwardWorkspace& workspace)
-      : map_(map),
-        term_(term),
-        tiling_(map.nq, map.nk),
-        // A negative scale changes the sign of Q, which is exact: the row maximum is then that of the scaled scores.
-        sign_(scale < 0 ? -1.f : 1.f),
+  Forward(const Head<Map, Term>* heads, int64_t count, float scale, const Workspace<Compute>& workspace)
+      : heads_(heads),
+        count_(count),
+        // A negative scale changes the sign of Q, which is exact: the maximum of a row is then that of its scaled scores.
+        negate_(scale < 0),
         scale_((scale < 0 ? -scale : scale) * kLog2e),
+        tiling_(tiling<Compute>(heads->map.nq, heads->map.nk)),
         w_(workspace) {}
 
-  // Query blocks [begin, end) of `block_at`'s order, every chunk of keys.
+  // Query blocks [begin, end) of each head, in the order of block_at.
   void run(int64_t begin, int64_t end) const {
-    const bool resident = tiling_.chunks <= w_.slots;
-    for (int64_t group = begin; group < end; group += kGroupBlocks) {
-      const int64_t group_end = group + kGroupBlocks < end ? group + kGroupBlocks : end;
-      for (int64_t c = 0; c < tiling_.chunks; ++c) {
-        const int64_t slot = resident ? c : 0;
-        if (group == begin || !resident) pack_chunk(c, slot);
-        for (int64_t b = group; b < group_end; ++b) attend(b - group, block_at(b), c, slot);
-      }
-      for (int64_t b = group; b < group_end; ++b) finish(b - group, block_at(b));
+    if (tiling_.chunks == 1) pack_sweep();
+    for (int64_t h = 0; h < count_; ++h) {
+      const int64_t group_blocks = w_.sizes.group_rows / tiling_.block_rows;
+      for (int64_t group = begin; group < end; group += group_blocks)
+        attend_group(heads_[h], h, group, smaller(group + group_blocks, end), group == begin);
     }
   }
 
  private:
+  using T = typename Compute::Element;
+
+  Chunk chunk_at(int64_t c, int64_t slot) const {
+    const int64_t first_key = c * tiling_.chunk;
+    return {first_key, smaller(tiling_.chunk, heads_->map.nk - first_key), slot, c == 0};
+  }
+
   // Causal blocks cost more the later they are: first, last, second, last but one, ... spreads them over threads.
-  int64_t block_at(int64_t position) const {
-    if (!map_.causal) return position;
-    return position % 2 ? tiling_.blocks - 1 - position / 2 : position / 2;
+  Block block_at(const Map& map, int64_t position, int64_t group) const {
+    int64_t block = position;
+    if (map.causal) block = position % 2 ? tiling_.blocks - 1 - position / 2 : position / 2;
+    const int64_t first_row = block * tiling_.block_rows;
+    return {first_row, smaller(tiling_.block_rows, map.nq - first_row), (position - group) * tiling_.block_rows};
   }
 
-  int64_t rows_of(int64_t block) const {
-    const int64_t left = map_.nq - block * tiling_.block_rows;
-    return left < tiling_.block_rows ? left : tiling_.block_rows;
+  // The keys of all heads, a few rows at a time: in memory the heads of a row are neighbours.
+  void pack_sweep() const {
+    const Chunk c = chunk_at(0, 0);
+    for (int64_t j = 0; j < c.keys; j += Compute::kSweepKeys)
+      for (int64_t h = 0; h < count_; ++h)
+        w_.compute.pack_keys(heads_[h].map, chunk_at(0, h), j, smaller(j + Compute::kSweepKeys, c.keys));
   }
 
-  int64_t chunk_keys(int64_t c) const {
-    const int64_t left = map_.nk - c * tiling_.chunk;
-    return left < tiling_.chunk ? left : tiling_.chunk;
+  void attend_group(const Head<Map, Term>& head, int64_t h, int64_t group, int64_t end, bool first_group) const {
+    const bool resident = tiling_.chunks <= w_.sizes.slots;
+    for (int64_t c = 0; c < tiling_.chunks; ++c) {
+      const Chunk chunk = chunk_at(c, tiling_.chunks == 1 ? h : (resident ? c : 0));
+      if (tiling_.chunks > 1 && (first_group || !resident)) w_.compute.pack_keys(head.map, chunk, 0, chunk.keys);
+      for (int64_t p = group; p < end; ++p) {
+        const Block b = block_at(head.map, p, group);
+        if (c == 0) w_.compute.load_queries(head.map, b, negate_);
+        if (visible(head.map, b.first_row + b.rows - 1, chunk) > 0)
+          w_.compute.attend(head.map, head.term, b, chunk, scale_, w_.shift + b.at, w_.sum + b.at);
+      }
+    }
+    for (int64_t p = group; p < end; ++p) finish(head.map, block_at(head.map, p, group));
   }
 
-  // Of the n keys from first_key on, those that query i attends.
-  int64_t visible(int64_t i, int64_t first_key, int64_t n) const {
-    if (!map_.causal) return n;
-    const int64_t keys = i + 1 - first_key;
-    return keys < 0 ? 0 : (keys < n ? keys : n);
-  }
-
-  float* k_slot(int64_t slot) const { return w_.k + slot * panels_size(tiling_.chunk, w_.head_dim); }
-  float* v_slot(int64_t slot) const { return w_.v + slot * panels_size(w_.head_dim, tiling_.chunk); }
-
-  void pack_chunk(int64_t c, int64_t slot) const {
-    const int64_t first = c * tiling_.chunk, n = chunk_keys(c);
-    pack_transposed<T>([this](int64_t j) { return map_.k_row(j); }, first, n, w_.head_dim, k_slot(slot));
-    pack_panels<T>([this](int64_t j) { return map_.v_row(j); }, first, n, w_.head_dim, v_slot(slot));
-  }
-
-  void attend(int64_t in_group, int64_t block, int64_t c, int64_t slot) const {
-    const int64_t first_row = block * tiling_.block_rows, rows = rows_of(block);
-    const int64_t first_key = c * tiling_.chunk, n = chunk_keys(c);
-    if (visible(first_row + rows - 1, first_key, n) == 0) return;
-    pack_rows<T>([this](int64_t i) { return map_.q_row(i); }, first_row, rows, w_.head_dim, sign_, w_.q, w_.head_dim);
-    score(first_row, rows, first_key, n, k_slot(slot));
-    softmax(in_group, first_row, rows, first_key, n, c == 0);
-    if (c == 0)
-      accumulate<Epilogue::overwrite>(in_group, first_row, rows, first_key, n, v_slot(slot));
-    else
-      accumulate<Epilogue::scale_accumulate>(in_group, first_row, rows, first_key, n, v_slot(slot));
-  }
-
-  void score(int64_t first_row, int64_t rows, int64_t first_key, int64_t n, const float* k) const {
-    const int64_t d = w_.head_dim;
-    for (int64_t p = 0; p < num_panels(n); ++p) {
-      const int vecs = panel_vecs(n, p);
-      for (int64_t r = 0; r < rows; r += kTileRows) {
-        const int64_t tile = rows - r < kTileRows ? rows - r : kTileRows;
-        if (visible(first_row + r + tile - 1, first_key, n) <= p * kPanel) continue;
-        gemm_rows<false, Epilogue::overwrite>(tile, vecs, d, w_.q + r * d, d, k + p * kPanel * d,
-                                              w_.scores + r * w_.score_stride + p * kPanel, w_.score_stride);
+  void finish(const Map& map, const Block& b) const {
+    for (int64_t r = 0; r < b.rows; ++r) {
+      const float sum = tiling_.chunks ? w_.sum[b.at + r] : 0.f;
+      T* out = map.out_row(b.first_row + r);
+      float* lse = map.lse(b.first_row + r);
+      if (sum == 0.f) {
+        std::memset(out, 0, w_.sizes.head_dim * sizeof(T));
+        *lse = -INFINITY;
+      } else {
+        w_.compute.write_row(b.at + r, 1.f / sum, out);
+        *lse = w_.shift[b.at + r] * kLn2 + __builtin_logf(sum);
       }
     }
   }
 
-  // Scores become probabilities relative to the row's shift (its maximum so far, in base-2 units). Two loops: with all
-  // maxima known beforehand the exponentials of consecutive rows overlap.
-  void softmax(int64_t in_group, int64_t first_row, int64_t rows, int64_t first_key, int64_t n, bool first) const {
-    constexpr int kDegree = std::is_same_v<T, float> ? 5 : 4;
-    float* shifts = w_.shift + in_group * kMaxBlockRows;
-    float* sums = w_.sum + in_group * kMaxBlockRows;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t keys = visible(first_row + r, first_key, n);
-      float* s = w_.scores + r * w_.score_stride;
-      const float top = Term::kNone ? row_max(s, keys) * scale_ : term_.apply(first_row + r, first_key, keys, scale_, s);
-      const float before = first ? -INFINITY : shifts[r];
-      shifts[r] = keys > 0 && !(before > top) ? top : before;
-      w_.rescale[r] = before - finite(shifts[r]);
-    }
-    w_.rescale[rows] = 0.f;  // read when a tile has one row more than the block
-    if (!first) row_exp<5>(w_.rescale, rows, rows, 1.f, 0.f);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t last = r - r % kTileRows + kTileRows < rows ? r - r % kTileRows + kTileRows : rows;
-      const float total = row_exp<kDegree>(w_.scores + r * w_.score_stride, visible(first_row + r, first_key, n),
-                                           visible(first_row + last - 1, first_key, n), Term::kNone ? scale_ : 1.f,
-                                           finite(shifts[r]));
-      sums[r] = first ? total : sums[r] * w_.rescale[r] + total;
-    }
-  }
-
-  // The shift of a row that attends nothing so far.
-  static float finite(float shift) { return shift == -INFINITY ? 0.f : shift; }
-
-  template <Epilogue kEpilogue>
-  void accumulate(int64_t in_group, int64_t first_row, int64_t rows, int64_t first_key, int64_t n,
-                  const float* v) const {
-    float* out = w_.out + in_group * kMaxBlockRows * w_.out_stride;
-    for (int64_t p = 0; p < num_panels(w_.head_dim); ++p) {
-      const int vecs = panel_vecs(w_.head_dim, p);
-      for (int64_t r = 0; r < rows; r += kTileRows) {
-        const int64_t tile = rows - r < kTileRows ? rows - r : kTileRows;
-        const int64_t keys = visible(first_row + r + tile - 1, first_key, n);
-        if (kEpilogue != Epilogue::overwrite && keys == 0) continue;
-        gemm_rows<false, kEpilogue>(tile, vecs, keys, w_.scores + r * w_.score_stride, w_.score_stride,
-                                    v + p * kPanel * n, out + r * w_.out_stride + p * kPanel, w_.out_stride,
-                                    w_.rescale + r);
-      }
-    }
-  }
-
-  void finish(int64_t in_group, int64_t block) const {
-    const int64_t first_row = block * tiling_.block_rows, rows = rows_of(block);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t at = in_group * kMaxBlockRows + r;
-      float* out = w_.out + at * w_.out_stride;
-      const bool empty = tiling_.chunks == 0 || w_.sum[at] == 0.f;
-      if (empty) std::memset(out, 0, w_.head_dim * sizeof(float));
-      write_row(out, w_.head_dim, empty ? 0.f : 1.f / w_.sum[at], map_.out_row(first_row + r));
-      *map_.lse(first_row + r) = empty ? -INFINITY : w_.shift[at] * kLn2 + __builtin_logf(w_.sum[at]);
-    }
-  }
-
-  const Map& map_;
-  const Term& term_;
+  const Head<Map, Term>* heads_;
+  const int64_t count_;
+  const bool negate_;
+  const float scale_;
   const Tiling tiling_;
-  const float sign_, scale_;
-  const ForwardWorkspace& w_;
+  const Workspace<Compute>& w_;
 };
 
 }  // namespace vitkit::cpu::VITKIT_ISA

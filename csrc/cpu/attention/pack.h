@@ -43,6 +43,11 @@ VITKIT_INLINE void transpose8(const __m256 in[8], float* out) {
 
 #endif
 
+constexpr int64_t kMaxHeadDim = 256;
+
+template <typename T>
+alignas(64) constexpr T kZeroRow[kMaxHeadDim] = {};
+
 // Row j of the source becomes column j: panel p is [depth][kPanel] with rows p * kPanel ... of the source side by side.
 // The operand for S = Q K^T (and dP = dO V^T).
 template <typename T, typename Row>
@@ -50,33 +55,39 @@ VITKIT_INLINE void pack_transposed(const Row& row, int64_t first, int64_t rows, 
   for (int64_t j = 0; j < num_panels(rows) * kPanel; j += 8) {
     float* out = dst + j / kPanel * kPanel * depth + j % kPanel;
     const T* from[8];
-    for (int r = 0; r < 8; ++r) from[r] = j + r < rows ? row(first + j + r) : nullptr;
+    for (int r = 0; r < 8; ++r) from[r] = j + r < rows ? row(first + j + r) : kZeroRow<T>;
     for (int64_t d = 0; d < depth; d += 8) {
 #if defined(__AVX2__)
       __m256 in[8];
-      for (int r = 0; r < 8; ++r) in[r] = from[r] ? load8(from[r] + d) : _mm256_setzero_ps();
+      for (int r = 0; r < 8; ++r) in[r] = load8(from[r] + d);
       transpose8(in, out + d * kPanel);
 #else
       for (int c = 0; c < 8; ++c)
-        for (int r = 0; r < 8; ++r) out[(d + c) * kPanel + r] = from[r] ? to_float(from[r][d + c]) : 0.f;
+        for (int r = 0; r < 8; ++r) out[(d + c) * kPanel + r] = to_float(from[r][d + c]);
 #endif
     }
   }
 }
 
-// Row j of the source becomes row j of every panel: panel p is [rows][kPanel] with columns p * kPanel ... of the source.
-// The operand for O += P V (and dQ += dS K, dK += dS^T Q, dV += P^T dO).
+// Row j of the source becomes row j of every panel: panel p is [panel_rows][kPanel] with columns p * kPanel ... of the
+// source. The operand for O += P V (and dQ += dS K, dK += dS^T Q, dV += P^T dO).
 template <typename T, typename Row>
-VITKIT_INLINE void pack_panels(const Row& row, int64_t first, int64_t rows, int64_t columns, float* dst) {
+VITKIT_INLINE void pack_panels(const Row& row, int64_t first, int64_t rows, int64_t columns, float* dst,
+                               int64_t panel_rows) {
   const int64_t padded = num_panels(columns) * kPanel;
   for (int64_t j = 0; j < rows; ++j) {
     const T* from = row(first + j);
     for (int64_t d = 0; d < padded; d += kLanes) {
       const int64_t left = columns - d;
-      float* out = dst + d / kPanel * kPanel * rows + j * kPanel + d % kPanel;
+      float* out = dst + d / kPanel * kPanel * panel_rows + j * kPanel + d % kPanel;
       store(out, left > 0 ? load_partial(from + d, int(left < kLanes ? left : kLanes)) : f32v{});
     }
   }
+}
+
+template <typename T, typename Row>
+VITKIT_INLINE void pack_panels(const Row& row, int64_t first, int64_t rows, int64_t columns, float* dst) {
+  pack_panels<T>(row, first, rows, columns, dst, rows);
 }
 
 // dst[j * ld + d] = factor * row(first + j)[d]: the left operand A. Rows up to the next even number are zeroed.

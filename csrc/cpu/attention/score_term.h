@@ -1,16 +1,17 @@
 // Score terms: what is added to a scaled score before the softmax. A term has
-//   kNone                               true: there is nothing to add, scores stay unscaled and apply is never called
-//   apply(i, j0, n, scale, s)           s[j] = s[j] * scale + term(i, j0 + j) * log2(e) for j < n; returns the maximum
+//   kNone              true: there is nothing to add, and row is never called
+//   row(i, j0, body)   calls body(add) once, where add(x, j, lanes) returns x + term(i, j0 + j ...) * log2(e) for `lanes`
+//                      (at most kLanes) consecutive keys; x holds scaled scores in base-2 units
+// The indirection lets a term choose its inner loop per row, and each core its own layout of scores.
 #pragma once
 
 #include "attention/params.h"
-#include "attention/softmax.h"
+#include "simd.h"
 
 namespace vitkit::cpu::VITKIT_ISA {
 
 struct NoTerm {
   static constexpr bool kNone = true;
-  float apply(int64_t, int64_t, int64_t, float, float*) const { return 0.f; }
 };
 
 // A bias or mask tensor of any broadcasting; `data` is at (batch, head, 0, 0).
@@ -20,49 +21,53 @@ struct DenseTerm {
   ElementType type;
   int64_t query_stride, key_stride;
 
-  float apply(int64_t i, int64_t j0, int64_t n, float scale, float* s) const {
+  template <typename Body>
+  void row(int64_t i, int64_t j0, const Body& body) const {
     const int64_t first = i * query_stride + j0 * key_stride;
     switch (type) {
       case ElementType::f32:
-        return add(reinterpret_cast<const float*>(data) + first, n, scale, s);
+        return body(Add<float>{reinterpret_cast<const float*>(data) + first, key_stride});
       case ElementType::bf16:
-        return add(reinterpret_cast<const bf16*>(data) + first, n, scale, s);
+        return body(Add<bf16>{reinterpret_cast<const bf16*>(data) + first, key_stride});
       case ElementType::f16:
-        return add(reinterpret_cast<const f16*>(data) + first, n, scale, s);
+        return body(Add<f16>{reinterpret_cast<const f16*>(data) + first, key_stride});
       case ElementType::boolean:
-        return mask(reinterpret_cast<const uint8_t*>(data) + first, n, scale, s);
+        return body(Mask{reinterpret_cast<const uint8_t*>(data) + first, key_stride});
     }
-    __builtin_unreachable();
   }
 
  private:
   template <typename B>
-  float add(const B* bias, int64_t n, float scale, float* s) const {
-    const f32v c = splat(scale), unit = splat(kLog2e);
-    if (key_stride == 1)
-      return row_map_max(s, n, [=](f32v x, int64_t j, int lanes) {
-        return fma(load_partial(bias + j, lanes), unit, x * c);
-      });
-    return row_map_max(s, n, [=, this](f32v x, int64_t j, int lanes) {
-      f32v b = {};
-      for (int l = 0; l < lanes; ++l) b[l] = to_float(bias[(j + l) * key_stride]);
-      return fma(b, unit, x * c);
-    });
-  }
+  struct Add {
+    const B* bias;
+    int64_t stride;
 
-  float mask(const uint8_t* allowed, int64_t n, float scale, float* s) const {
-    const f32v c = splat(scale);
-    return row_map_max(s, n, [=, this](f32v x, int64_t j, int lanes) {
+    f32v operator()(f32v x, int64_t j, int lanes) const {
+      f32v b = {};
+      if (stride == 1)
+        b = load_partial(bias + j, lanes);
+      else
+        for (int l = 0; l < lanes; ++l) b[l] = to_float(bias[(j + l) * stride]);
+      return fma(b, splat(kLog2e), x);
+    }
+  };
+
+  struct Mask {
+    const uint8_t* allowed;
+    int64_t stride;
+
+    f32v operator()(f32v x, int64_t j, int lanes) const {
       u8v bytes = {};
-      if (key_stride == 1 && lanes == kLanes)
+      if (stride == 1 && lanes == kLanes)
         std::memcpy(&bytes, allowed + j, kLanes);
       else
-        for (int l = 0; l < lanes; ++l) bytes[l] = allowed[(j + l) * key_stride];
-      return __builtin_convertvector(bytes, i32v) != 0 ? x * c : splat(-INFINITY);
-    });
-  }
+        for (int l = 0; l < lanes; ++l) bytes[l] = allowed[(j + l) * stride];
+      return __builtin_convertvector(bytes, i32v) != 0 ? x : splat(-INFINITY);
+    }
 
-  using u8v = uint8_t __attribute__((vector_size(kLanes)));
+   private:
+    using u8v = uint8_t __attribute__((vector_size(kLanes)));
+  };
 };
 
 }  // namespace vitkit::cpu::VITKIT_ISA

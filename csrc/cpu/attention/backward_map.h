@@ -1,0 +1,34 @@
+// Token map of the gradient: where the rows of one attention problem, its saved results and its
+// gradients lie in memory.
+//   nq, nk, causal, q_row(i), k_row(j), v_row(j), out_row(i), lse(i)    as in the forward pass
+//   grad_row(i, buffer)              row i of grad_out; `buffer` holds it where it is not dense
+//   grad_lse(i)                      gradient of lse(i)
+//   dq_row(i), dk_row(j), dv_row(j)  where gradients go
+#pragma once
+
+#include "attention/token_map.h"
+
+namespace vitkit::cpu::VITKIT_ISA {
+
+template <typename T>
+struct StridedGradMap : StridedMap<T> {
+  const T* grad;
+  int64_t grad_stride, grad_dim_stride, head_dim;
+  const float* grad_lse_row;  // null: zero
+  int64_t grad_lse_stride;
+  T *dq, *dk, *dv;
+  int64_t dq_stride, dk_stride, dv_stride;
+
+  const T* grad_row(int64_t i, T* buffer) const {
+    const T* row = grad + i * grad_stride;
+    if (grad_dim_stride == 1) return row;
+    for (int64_t d = 0; d < head_dim; ++d) buffer[d] = row[d * grad_dim_stride];
+    return buffer;
+  }
+  float grad_lse(int64_t i) const { return grad_lse_row ? grad_lse_row[i * grad_lse_stride] : 0.f; }
+  T* dq_row(int64_t i) const { return dq + i * dq_stride; }
+  T* dk_row(int64_t j) const { return dk + j * dk_stride; }
+  T* dv_row(int64_t j) const { return dv + j * dv_stride; }
+};
+
+}  // namespace vitkit::cpu::VITKIT_ISA

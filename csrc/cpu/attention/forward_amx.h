@@ -1,0 +1,389 @@
+// The arithmetic of attention forward on AMX tiles, for bfloat16: products of bfloat16 with float32 sums, softmax in
+// float32, probabilities rounded to bfloat16 for P V.
+//
+// Everything a tile instruction touches is stored tile by tile, 1 KiB each. The softmax costs more than the products
+// here, so it works on 16 rows at once: one transposing reduction instead of 16 horizontal ones.
+#pragma once
+
+#include "amx.h"
+
+#if defined(VITKIT_AMX)
+
+#include "attention/forward.h"
+
+namespace vitkit::cpu::VITKIT_ISA {
+
+static_assert(kLanes == 16, "a vector is a row of a tile");
+
+constexpr int64_t kTile = 16;        // rows of any tile, columns of a sum
+constexpr int64_t kTileK = 32;       // k of one product
+constexpr int64_t kTileSize = 512;   // bfloat16 elements of an operand
+constexpr int64_t kTileSums = 256;   // float32 elements of a sum
+
+// ---- vectors of 16 -----------------------------------------------------------------------------------------------
+
+// Lane l of the result is lane kIndex[l] of a (0 .. 15) or b (16 .. 31).
+template <int... kIndex>
+VITKIT_INLINE f32v shuffle(f32v a, f32v b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kIndex...);
+#else
+  return __builtin_shuffle(a, b, i32v{kIndex...});
+#endif
+}
+
+// Interleave single lanes, and pairs of lanes, of each 128-bit quarter.
+VITKIT_INLINE f32v low_singles(f32v a, f32v b) {
+  return shuffle<0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29>(a, b);
+}
+VITKIT_INLINE f32v high_singles(f32v a, f32v b) {
+  return shuffle<2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31>(a, b);
+}
+VITKIT_INLINE f32v low_pairs(f32v a, f32v b) {
+  return shuffle<0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29>(a, b);
+}
+VITKIT_INLINE f32v high_pairs(f32v a, f32v b) {
+  return shuffle<2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31>(a, b);
+}
+// Whole quarters: the even or the odd ones of a, then of b.
+VITKIT_INLINE f32v even_quarters(f32v a, f32v b) {
+  return shuffle<0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27>(a, b);
+}
+VITKIT_INLINE f32v odd_quarters(f32v a, f32v b) {
+  return shuffle<4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31>(a, b);
+}
+
+// Lane r of the result is `op` over the lanes of v[r]. Destroys v.
+template <typename Op>
+VITKIT_INLINE f32v reduce_rows(f32v (&v)[16], const Op& op) {
+  for (int i = 0; i < 8; ++i) v[i] = op(low_singles(v[2 * i], v[2 * i + 1]), high_singles(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < 4; ++i) v[i] = op(low_pairs(v[2 * i], v[2 * i + 1]), high_pairs(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < 2; ++i) v[i] = op(even_quarters(v[2 * i], v[2 * i + 1]), odd_quarters(v[2 * i], v[2 * i + 1]));
+  return op(even_quarters(v[0], v[1]), odd_quarters(v[0], v[1]));
+}
+
+// v[c][r] becomes v[r][c]. Lanes are only moved: they may hold anything of 32 bits.
+VITKIT_INLINE void transpose16(f32v (&v)[16]) {
+  f32v a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = low_singles(v[i], v[i + 1]);
+    a[i + 1] = high_singles(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int h = 0; h < 2; ++h) {
+      b[i + 2 * h] = low_pairs(a[i + h], a[i + h + 2]);
+      b[i + 2 * h + 1] = high_pairs(a[i + h], a[i + h + 2]);
+    }
+  // b[4 g + c] holds in quarter q column 4 q + c of rows 4 g .. 4 g + 3.
+  for (int c = 0; c < 4; ++c) {
+    const f32v even0 = even_quarters(b[c], b[4 + c]), odd0 = odd_quarters(b[c], b[4 + c]);
+    const f32v even1 = even_quarters(b[8 + c], b[12 + c]), odd1 = odd_quarters(b[8 + c], b[12 + c]);
+    v[c] = even_quarters(even0, even1);
+    v[8 + c] = odd_quarters(even0, even1);
+    v[4 + c] = even_quarters(odd0, odd1);
+    v[12 + c] = odd_quarters(odd0, odd1);
+  }
+}
+
+// 32 consecutive probabilities.
+VITKIT_INLINE void store_pair(bf16* p, f32v low, f32v high) {
+#if defined(__AVX512BF16__)
+  const __m512bh h = _mm512_cvtne2ps_pbh(__m512(high), __m512(low));
+  std::memcpy(p, &h, sizeof(h));
+#else
+  store(p, low);
+  store(p + kLanes, high);
+#endif
+}
+
+// ---- tiles -------------------------------------------------------------------------------------------------------
+
+// kRows x kCols tiles of C (+)= A B over k tiles. Tile (i, s) of A is a + i * a_row + s * kTileSize, tile (s, j) of B is
+// b + j * b_col + s * b_step, tile (i, j) of C is c + i * c_row + j * kTileSums.
+struct TileOperands {
+  const bf16* a;
+  int64_t a_row;
+  const bf16* b;
+  int64_t b_col, b_step, k;
+  float* c;
+  int64_t c_row;
+};
+
+template <int kRows, int kCols>
+VITKIT_INLINE void tile_product(const TileOperands& o, bool accumulate) {
+  constexpr int64_t kSumStride = kTile * sizeof(float);
+  if (accumulate) {
+    tile_load<0>(o.c, kSumStride);
+    if constexpr (kCols > 1) tile_load<1>(o.c + kTileSums, kSumStride);
+    if constexpr (kRows > 1) tile_load<2>(o.c + o.c_row, kSumStride);
+    if constexpr (kRows > 1 && kCols > 1) tile_load<3>(o.c + o.c_row + kTileSums, kSumStride);
+  } else {
+    tile_zero<0>();
+    if constexpr (kCols > 1) tile_zero<1>();
+    if constexpr (kRows > 1) tile_zero<2>();
+    if constexpr (kRows > 1 && kCols > 1) tile_zero<3>();
+  }
+  for (int64_t s = 0; s < o.k; ++s) {
+    tile_load<4>(o.a + s * kTileSize, kTileRowBytes);
+    tile_load<6>(o.b + s * o.b_step, kTileRowBytes);
+    tile_multiply<0, 4, 6>();
+    if constexpr (kCols > 1) {
+      tile_load<7>(o.b + o.b_col + s * o.b_step, kTileRowBytes);
+      tile_multiply<1, 4, 7>();
+    }
+    if constexpr (kRows > 1) {
+      tile_load<5>(o.a + o.a_row + s * kTileSize, kTileRowBytes);
+      tile_multiply<2, 5, 6>();
+    }
+    if constexpr (kRows > 1 && kCols > 1) tile_multiply<3, 5, 7>();
+  }
+  tile_store<0>(o.c, kSumStride);
+  if constexpr (kCols > 1) tile_store<1>(o.c + kTileSums, kSumStride);
+  if constexpr (kRows > 1) tile_store<2>(o.c + o.c_row, kSumStride);
+  if constexpr (kRows > 1 && kCols > 1) tile_store<3>(o.c + o.c_row + kTileSums, kSumStride);
+}
+
+VITKIT_INLINE void tile_product(int64_t rows, int64_t cols, const TileOperands& o, bool accumulate) {
+  if (rows > 1)
+    cols > 1 ? tile_product<2, 2>(o, accumulate) : tile_product<2, 1>(o, accumulate);
+  else
+    cols > 1 ? tile_product<1, 2>(o, accumulate) : tile_product<1, 1>(o, accumulate);
+}
+
+// ---- one block of queries and one chunk of keys ----------------------------------------------------------------------
+
+class AmxCompute {
+ public:
+  using Element = bf16;
+  static constexpr int64_t kBlockRows = 2 * kTile;
+  static constexpr int64_t kRowStep = kTile;
+  static constexpr int64_t kKeyStep = kTileK;
+  static constexpr int64_t kSweepKeys = kTileK;
+  static constexpr int64_t kSingleChunk = 1024;
+  static constexpr int64_t kChunk = 512;
+
+  AmxCompute() = default;
+  AmxCompute(Arena& arena, const WorkspaceSizes& sizes)
+      : head_dim_(sizes.head_dim),
+        depth_(divide_up(sizes.head_dim, kTileK)),
+        columns_(divide_up(sizes.head_dim, kTile)),
+        chunk_(sizes.chunk),
+        q_(arena.take<bf16>(sizes.group_rows / kTile * depth_ * kTileSize)),
+        k_(arena.take<bf16>(sizes.slots * k_size(head_dim_, chunk_))),
+        v_(arena.take<bf16>(sizes.slots * v_size(head_dim_, chunk_))),
+        scores_(arena.take<float>(2 * chunk_ / kTile * kTileSums)),
+        p_(arena.take<bf16>(2 * chunk_ / kTileK * kTileSize)),
+        out_(arena.take<float>(sizes.group_rows / kTile * columns_ * kTileSums)) {}
+
+  static int64_t slot_bytes(int64_t head_dim, int64_t chunk) {
+    return (k_size(head_dim, chunk) + v_size(head_dim, chunk)) * int64_t(sizeof(bf16));
+  }
+
+  // Tile (t, s): rows 16 t ... of the block, elements 32 s ... of the head.
+  template <typename Map>
+  void load_queries(const Map& map, const Block& b, bool negate) const {
+    const u32v sign = u32v{} + (negate ? 0x80008000u : 0u);
+    for (int64_t r = 0; r < divide_up(b.rows, kTile) * kTile; ++r) {
+      const bf16* from = r < b.rows ? map.q_row(b.first_row + r) : nullptr;
+      for (int64_t s = 0; s < depth_; ++s) {
+        const u32v x = from ? u32v(load_dwords(from + s * kTileK, head_dim_ - s * kTileK)) ^ sign : u32v{};
+        std::memcpy(q_tile(b.at + r) + s * kTileSize + r % kTile * kTileK, &x, sizeof(x));
+      }
+    }
+  }
+
+  // Keys [from, to) of the chunk; `from` is a multiple of kSweepKeys. Up to the next multiple they are zero.
+  template <typename Map>
+  void pack_keys(const Map& map, const Chunk& c, int64_t from, int64_t to) const {
+    for (int64_t j = from; j < to; j += kTile) pack_k(map, c, j);
+    for (int64_t j = from; j < to; j += kTileK) pack_v(map, c, j);
+  }
+
+  template <typename Map, typename Term>
+  void attend(const Map& map, const Term& term, const Block& b, const Chunk& c, float scale, float* shift,
+              float* sum) const {
+    const int64_t keys = visible(map, b.first_row + b.rows - 1, c);
+    const int64_t row_tiles = divide_up(b.rows, kTile);
+    for (int64_t t = 0; t < divide_up(keys, kTile); t += 2)
+      tile_product(row_tiles, divide_up(keys, kTile) - t,
+                   {q_tile(b.at), depth_ * kTileSize, k_slot(c) + t * depth_ * kTileSize, depth_ * kTileSize, kTileSize,
+                    depth_, scores_ + t * kTileSums, score_row()},
+                   false);
+    for (int64_t t = 0; t < row_tiles; ++t)
+      softmax(map, term, {b.first_row + t * kTile, smaller(kTile, b.rows - t * kTile), b.at + t * kTile}, c, keys, scale,
+              scores_ + t * score_row(), p_ + t * p_row(), shift + t * kTile, sum + t * kTile);
+    for (int64_t t = 0; t < columns_; t += 2)
+      tile_product(row_tiles, columns_ - t,
+                   {p_, p_row(), v_slot(c) + t * kTileSize, kTileSize, columns_ * kTileSize, divide_up(keys, kTileK),
+                    out_tile(b.at) + t * kTileSums, columns_ * kTileSums},
+                   !c.first);
+  }
+
+  void write_row(int64_t at, float factor, bf16* to) const {
+    const float* from = out_tile(at) + at % kTile * kTile;
+    for (int64_t t = 0; t < columns_; ++t)
+      store_partial(to + t * kTile, load(from + t * kTileSums) * factor, int(smaller(kTile, head_dim_ - t * kTile)));
+  }
+
+ private:
+  static int64_t k_size(int64_t head_dim, int64_t chunk) {
+    return chunk / kTile * divide_up(head_dim, kTileK) * kTileSize;
+  }
+  static int64_t v_size(int64_t head_dim, int64_t chunk) {
+    return chunk / kTileK * divide_up(head_dim, kTile) * kTileSize;
+  }
+  bf16* k_slot(const Chunk& c) const { return k_ + c.slot * k_size(head_dim_, chunk_); }
+  bf16* v_slot(const Chunk& c) const { return v_ + c.slot * v_size(head_dim_, chunk_); }
+  bf16* q_tile(int64_t at) const { return q_ + at / kTile * depth_ * kTileSize; }
+  float* out_tile(int64_t at) const { return out_ + at / kTile * columns_ * kTileSums; }
+  int64_t score_row() const { return chunk_ / kTile * kTileSums; }
+  int64_t p_row() const { return chunk_ / kTileK * kTileSize; }
+
+  // 32 elements as 16 lanes, zero beyond `left`.
+  static f32v load_dwords(const bf16* p, int64_t left) {
+    f32v v = {};
+    if (left >= kTileK)
+      std::memcpy(&v, p, sizeof(v));
+    else
+      std::memcpy(&v, p, left * sizeof(bf16));
+    return v;
+  }
+
+  // Tile (t, s) of K^T: pairs of elements of the head as rows, keys 16 t ... as columns.
+  template <typename Map>
+  void pack_k(const Map& map, const Chunk& c, int64_t j) const {
+    const bf16* from[kTile];
+    for (int r = 0; r < kTile; ++r) from[r] = j + r < c.keys ? map.k_row(c.first_key + j + r) : nullptr;
+    bf16* to = k_slot(c) + j / kTile * depth_ * kTileSize;
+    for (int64_t s = 0; s < depth_; ++s) {
+      f32v v[kTile];
+      for (int r = 0; r < kTile; ++r)
+        v[r] = from[r] ? load_dwords(from[r] + s * kTileK, head_dim_ - s * kTileK) : f32v{};
+      transpose16(v);
+      for (int r = 0; r < kTile; ++r) std::memcpy(to + s * kTileSize + r * kTileK, &v[r], sizeof(v[r]));
+    }
+  }
+
+  // Tile (t, s) of V: pairs of keys 32 t ... as rows, elements 16 s ... of the head as columns.
+  template <typename Map>
+  void pack_v(const Map& map, const Chunk& c, int64_t j) const {
+    bf16* to = v_slot(c) + j / kTileK * columns_ * kTileSize;
+    for (int64_t r = 0; r < kTile; ++r) {
+      const int64_t key = j + 2 * r;
+      const bf16* even = key < c.keys ? map.v_row(c.first_key + key) : nullptr;
+      const bf16* odd = key + 1 < c.keys ? map.v_row(c.first_key + key + 1) : nullptr;
+      for (int64_t s = 0; s < columns_; ++s) {
+        const u32v pair = load_words(even, s) | load_words(odd, s) << 16;
+        std::memcpy(to + s * kTileSize + r * kTileK, &pair, sizeof(pair));
+      }
+    }
+  }
+
+  // Elements 16 s ... of a row of the head (zero beyond its end, or without a row), one to a lane.
+  u32v load_words(const bf16* row, int64_t s) const {
+    u16v v = {};
+    const int64_t left = head_dim_ - s * kTile;
+    if (row && left >= kTile)
+      std::memcpy(&v, row + s * kTile, sizeof(v));
+    else if (row)
+      std::memcpy(&v, row + s * kTile, left * sizeof(bf16));
+    return __builtin_convertvector(v, u32v);
+  }
+
+  // 16 rows of scores become probabilities; `keys` of their columns are used by the product with V.
+  template <typename Map, typename Term>
+  void softmax(const Map& map, const Term& term, const Block& rows, const Chunk& c, int64_t keys, float scale, float* s,
+               bf16* p, float* shift, float* sum) const {
+    f32v v[kTile];
+    for (int r = 0; r < kTile; ++r) {
+      v[r] = splat(-INFINITY);
+      if (r >= rows.rows) continue;
+      const int64_t i = rows.first_row + r, n = visible(map, i, c);
+      if constexpr (Term::kNone) {
+        v[r] = column_max(s + r * kTile, n);
+      } else {
+        term.row(i, c.first_key, [&](const auto& add) { v[r] = add_term(s + r * kTile, n, scale, add); });
+      }
+    }
+    f32v top = reduce_rows(v, [](f32v a, f32v b) { return max(a, b); });
+    if constexpr (Term::kNone) top = top == -INFINITY ? top : top * scale;
+    const f32v before = c.first ? splat(-INFINITY) : load(shift);
+    const f32v now = before > top ? before : top;
+    store(shift, now);
+    alignas(64) float offsets[kTile];
+    store(offsets, finite_shift(now));
+    for (int r = 0; r < kTile; ++r)
+      v[r] = r < rows.rows ? probabilities(s + r * kTile, p + r * kTileK, visible(map, rows.first_row + r, c), keys,
+                                           Term::kNone ? scale : 1.f, offsets[r])
+                           : f32v{};
+    const f32v total = reduce_rows(v, [](f32v a, f32v b) { return a + b; });
+    if (c.first) {
+      store(sum, total);
+      return;
+    }
+    const f32v rescale = exp2_softmax<5>(before - finite_shift(now));
+    store(sum, load(sum) * rescale + total);
+    store(offsets, rescale);
+    for (int64_t r = 0; r < rows.rows; ++r)
+      if (offsets[r] != 1.f) rescale_row(rows.at + r, offsets[r]);
+  }
+
+  static f32v column_max(const float* s, int64_t n) {
+    f32v m = splat(-INFINITY);
+    int64_t j = 0;
+    for (; j + kTile <= n; j += kTile) m = max(m, load(s + j / kTile * kTileSums));
+    if (j < n) m = max(m, keep_lanes(load(s + j / kTile * kTileSums), n - j, -INFINITY));
+    return m;
+  }
+
+  template <typename Add>
+  static f32v add_term(float* s, int64_t n, float scale, const Add& add) {
+    f32v m = splat(-INFINITY);
+    for (int64_t j = 0; j < n; j += kTile) {
+      float* at = s + j / kTile * kTileSums;
+      const int lanes = int(smaller(kTile, n - j));
+      const f32v x = keep_lanes(add(load(at) * scale, j, lanes), lanes, -INFINITY);
+      store(at, x);
+      m = max(m, x);
+    }
+    return m;
+  }
+
+  // p[j] = 2^(s[j] * scale - offset) for j < n, 0 up to `keys` rounded up to whole tiles; returns sums to add up.
+  static f32v probabilities(const float* s, bf16* p, int64_t n, int64_t keys, float scale, float offset) {
+    const f32v c = splat(scale), shift = splat(-offset);
+    f32v total = {};
+    int64_t j = 0;
+    for (; j + kTileK <= n; j += kTileK) {
+      const float* at = s + j / kTile * kTileSums;
+      const f32v low = exp2_softmax<3>(fma(load(at), c, shift));
+      const f32v high = exp2_softmax<3>(fma(load(at + kTileSums), c, shift));
+      store_pair(p + j / kTileK * kTileSize, low, high);
+      total += low + high;
+    }
+    for (; j < keys; j += kTileK) {
+      const float* at = s + j / kTile * kTileSums;
+      f32v low = {}, high = {};
+      if (j < n) low = keep_lanes(exp2_softmax<3>(fma(load(at), c, shift)), n - j, 0.f);
+      if (j + kTile < n) high = keep_lanes(exp2_softmax<3>(fma(load(at + kTileSums), c, shift)), n - j - kTile, 0.f);
+      store_pair(p + j / kTileK * kTileSize, low, high);
+      total += low + high;
+    }
+    return total;
+  }
+
+  void rescale_row(int64_t at, float factor) const {
+    float* row = out_tile(at) + at % kTile * kTile;
+    for (int64_t t = 0; t < columns_; ++t) store(row + t * kTileSums, load(row + t * kTileSums) * factor);
+  }
+
+  int64_t head_dim_, depth_, columns_, chunk_;  // depth_, columns_: of a head, in tiles of 32 and 16
+  bf16 *q_, *k_, *v_;
+  float* scores_;
+  bf16* p_;
+  float* out_;
+};
+
+}  // namespace vitkit::cpu::VITKIT_ISA
+
+#endif  // VITKIT_AMX

@@ -1,0 +1,142 @@
+// The arithmetic of attention forward in float32, for any element type (converted while packing).
+// S = Q K^T, one softmax pass over each row of S, O += P V; matrix products on packed panels (gemm.h).
+#pragma once
+
+#include "attention/forward.h"
+#include "attention/pack.h"
+
+namespace vitkit::cpu::VITKIT_ISA {
+
+template <typename T>
+class Float32Compute {
+ public:
+  using Element = T;
+  static constexpr int64_t kRowStep = kTileRows;
+  static constexpr int64_t kKeyStep = kPanel;
+  static constexpr int64_t kSweepKeys = kPanel;
+  static constexpr int64_t kBlockRows = 48 / kTileRows * kTileRows;  // S of a block and K stay in a 512 KiB cache
+  static constexpr int64_t kSingleChunk = 640;                       // ViT-L/14 at 336 pixels has 577 tokens
+  static constexpr int64_t kChunk = 512;
+
+  Float32Compute() = default;
+  Float32Compute(Arena& arena, const WorkspaceSizes& sizes)
+      : head_dim_(sizes.head_dim),
+        chunk_(sizes.chunk),
+        score_stride_(sizes.chunk + kPanel),  // not a power of two: rows would share cache sets
+        out_stride_(num_panels(sizes.head_dim) * kPanel),
+        q_(arena.take<float>(sizes.group_rows * head_dim_)),
+        k_(arena.take<float>(sizes.slots * panels_size(chunk_, head_dim_))),
+        v_(arena.take<float>(sizes.slots * panels_size(head_dim_, chunk_))),
+        scores_(arena.take<float>((kBlockRows + 1) * score_stride_)),
+        out_(arena.take<float>(sizes.group_rows * out_stride_)),
+        rescale_(arena.take<float>(kBlockRows + kLanes)) {}
+
+  static int64_t slot_bytes(int64_t head_dim, int64_t chunk) {
+    return (panels_size(chunk, head_dim) + panels_size(head_dim, chunk)) * int64_t(sizeof(float));
+  }
+
+  template <typename Map>
+  void load_queries(const Map& map, const Block& b, bool negate) const {
+    pack_rows<T>([&](int64_t i) { return map.q_row(i); }, b.first_row, b.rows, head_dim_, negate ? -1.f : 1.f,
+                 q_ + b.at * head_dim_, head_dim_);
+  }
+
+  // Keys [from, to) of the chunk; `from` is a multiple of kSweepKeys.
+  template <typename Map>
+  void pack_keys(const Map& map, const Chunk& c, int64_t from, int64_t to) const {
+    pack_transposed<T>([&](int64_t j) { return map.k_row(j); }, c.first_key + from, to - from, head_dim_,
+                       k_slot(c) + from * head_dim_);
+    pack_panels<T>([&](int64_t j) { return map.v_row(j); }, c.first_key + from, to - from, head_dim_,
+                   v_slot(c) + from * kPanel, c.keys);
+  }
+
+  template <typename Map, typename Term>
+  void attend(const Map& map, const Term& term, const Block& b, const Chunk& c, float scale, float* shift,
+              float* sum) const {
+    score(map, b, c);
+    softmax(map, term, b, c, scale, shift, sum);
+    if (c.first)
+      accumulate<Epilogue::overwrite>(map, b, c);
+    else
+      accumulate<Epilogue::scale_accumulate>(map, b, c);
+  }
+
+  void write_row(int64_t at, float factor, T* to) const {
+    VITKIT_ISA::write_row(out_ + at * out_stride_, head_dim_, factor, to);
+  }
+
+ private:
+  float* k_slot(const Chunk& c) const { return k_ + c.slot * panels_size(chunk_, head_dim_); }
+  float* v_slot(const Chunk& c) const { return v_ + c.slot * panels_size(head_dim_, chunk_); }
+
+  // Keys that some row of the tile from row r of the block on attends.
+  template <typename Map>
+  static int64_t tile_keys(const Map& map, const Block& b, int64_t r, const Chunk& c) {
+    return visible(map, b.first_row + smaller(r + kTileRows, b.rows) - 1, c);
+  }
+
+  template <typename Map>
+  void score(const Map& map, const Block& b, const Chunk& c) const {
+    for (int64_t p = 0; p < num_panels(c.keys); ++p) {
+      const int vecs = panel_vecs(c.keys, p);
+      for (int64_t r = 0; r < b.rows; r += kTileRows) {
+        if (tile_keys(map, b, r, c) <= p * kPanel) continue;
+        gemm_rows<false, Epilogue::overwrite>(smaller(kTileRows, b.rows - r), vecs, head_dim_,
+                                              q_ + (b.at + r) * head_dim_, head_dim_,
+                                              k_slot(c) + p * kPanel * head_dim_,
+                                              scores_ + r * score_stride_ + p * kPanel, score_stride_);
+      }
+    }
+  }
+
+  // Scores become probabilities relative to the row's shift. Two loops: with all maxima known beforehand the
+  // exponentials of consecutive rows overlap.
+  template <typename Map, typename Term>
+  void softmax(const Map& map, const Term& term, const Block& b, const Chunk& c, float scale, float* shift,
+               float* sum) const {
+    constexpr int kDegree = std::is_same_v<T, float> ? 5 : 4;
+    for (int64_t r = 0; r < b.rows; ++r) {
+      float* s = scores_ + r * score_stride_;
+      const int64_t i = b.first_row + r, keys = visible(map, i, c);
+      float top;
+      if constexpr (Term::kNone) {
+        top = row_max(s, keys);
+        top = top == -INFINITY ? top : top * scale;
+      } else {
+        term.row(i, c.first_key, [&](const auto& add) {
+          top = row_map_max(s, keys, [&](f32v x, int64_t j, int lanes) { return add(x * splat(scale), j, lanes); });
+        });
+      }
+      const float before = c.first ? -INFINITY : shift[r];
+      shift[r] = before > top ? before : top;
+      rescale_[r] = before - finite_shift(splat(shift[r]))[0];
+    }
+    rescale_[b.rows] = 0.f;  // read when a tile has one row more than the block
+    if (!c.first) row_exp<5>(rescale_, b.rows, b.rows, 1.f, 0.f);
+    for (int64_t r = 0; r < b.rows; ++r) {
+      const float total = row_exp<kDegree>(scores_ + r * score_stride_, visible(map, b.first_row + r, c),
+                                           tile_keys(map, b, r - r % kTileRows, c), Term::kNone ? scale : 1.f,
+                                           finite_shift(splat(shift[r]))[0]);
+      sum[r] = c.first ? total : sum[r] * rescale_[r] + total;
+    }
+  }
+
+  template <Epilogue kEpilogue, typename Map>
+  void accumulate(const Map& map, const Block& b, const Chunk& c) const {
+    for (int64_t p = 0; p < num_panels(head_dim_); ++p) {
+      const int vecs = panel_vecs(head_dim_, p);
+      for (int64_t r = 0; r < b.rows; r += kTileRows) {
+        const int64_t keys = tile_keys(map, b, r, c);
+        if (kEpilogue != Epilogue::overwrite && keys == 0) continue;
+        gemm_rows<false, kEpilogue>(smaller(kTileRows, b.rows - r), vecs, keys, scores_ + r * score_stride_,
+                                    score_stride_, v_slot(c) + p * kPanel * c.keys,
+                                    out_ + (b.at + r) * out_stride_ + p * kPanel, out_stride_, rescale_ + r);
+      }
+    }
+  }
+
+  int64_t head_dim_, chunk_, score_stride_, out_stride_;
+  float *q_, *k_, *v_, *scores_, *out_, *rescale_;
+};
+
+}  // namespace vitkit::cpu::VITKIT_ISA
