@@ -36,11 +36,13 @@ CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract
 # No -ffast-math: kernels rely on NaN, infinities and signed zeros. These two change no result, only
 # errno and traps.
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-fno-exceptions"]
+# GCC 12 and earlier warn about its own AVX-512 headers (GCC bug 105593).
+WIDE = ["-mprefer-vector-width=512", "-Wno-maybe-uninitialized"]
 ISA_FLAGS = {
     "base": [],
     "avx2": ["-march=x86-64-v3", "-mtune=haswell"],
-    "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
-    "amx": ["-march=sapphirerapids", "-mprefer-vector-width=512"],
+    "avx512": ["-march=x86-64-v4", *WIDE],
+    "amx": ["-march=sapphirerapids", *WIDE],
 }
 DEFAULT_CUDA_ARCHS = ["80", "90a", "100"]
 
@@ -81,7 +83,10 @@ def _compiles(cxx: str, flags: list[str]) -> bool:
         source = Path(tmp) / "probe.cpp"
         source.write_text("int probe() { return 0; }\n")
         command = [cxx, *flags, "-c", str(source), "-o", str(Path(tmp) / "probe.o")]
-        return subprocess.run(command, capture_output=True).returncode == 0
+        try:
+            return subprocess.run(command, capture_output=True).returncode == 0
+        except OSError:  # CXX names something that is not there
+            return False
 
 
 def _cuda_archs() -> list[str]:

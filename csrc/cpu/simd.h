@@ -148,8 +148,8 @@ VITKIT_INLINE void store(bf16* p, f32v v) {
   std::memcpy(p, &h, sizeof(h));
 #else
   u32v u = u32v(v);
-  const u32v nan = u32v(v != v);
-  u = (((u + 0x7fffu + ((u >> 16) & 1u)) & ~nan) | ((u | 0x400000u) & nan)) >> 16;
+  // A comparison gives all ones: every NaN becomes the NaN 0xffff instead of rounding up to zero.
+  u = ((u + 0x7fffu + ((u >> 16) & 1u)) | u32v(v != v)) >> 16;
 #if defined(__AVX512F__) && VITKIT_SIMD_LANES == 16
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(__m512i(u)));
 #elif defined(__AVX2__) && VITKIT_SIMD_LANES == 8
@@ -206,6 +206,14 @@ VITKIT_INLINE void store_partial(T* p, f32v v, int n) {
   std::memcpy(p, buffer, n * sizeof(T));
 }
 
+// Calls f(i, count) for the vectors that cover [0, n); count is the constant kLanes but for the last.
+template <typename F>
+VITKIT_INLINE void each_vector(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(i, std::integral_constant<int, kLanes>{});
+  if (i < n) f(i, int(n - i));
+}
+
 // ---- arithmetic
 // --------------------------------------------------------------------------------------------------
 
@@ -213,8 +221,25 @@ VITKIT_INLINE void store_partial(T* p, f32v v, int n) {
 VITKIT_INLINE f32v fma(f32v a, f32v b, f32v c) { return a * b + c; }
 
 // NaN in b wins, NaN in a is dropped only by max(NaN, x): callers that must keep NaN test for it.
-VITKIT_INLINE f32v max(f32v a, f32v b) { return a > b ? a : b; }
-VITKIT_INLINE f32v min(f32v a, f32v b) { return a < b ? a : b; }
+VITKIT_INLINE f32v max(f32v a, f32v b) {
+#if defined(__AVX512F__) && VITKIT_SIMD_LANES == 16
+  return f32v(_mm512_max_ps(__m512(a), __m512(b)));
+#elif defined(__AVX2__) && VITKIT_SIMD_LANES == 8
+  return f32v(_mm256_max_ps(__m256(a), __m256(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+VITKIT_INLINE f32v min(f32v a, f32v b) {
+#if defined(__AVX512F__) && VITKIT_SIMD_LANES == 16
+  return f32v(_mm512_min_ps(__m512(a), __m512(b)));
+#elif defined(__AVX2__) && VITKIT_SIMD_LANES == 8
+  return f32v(_mm256_min_ps(__m256(a), __m256(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
 
 VITKIT_INLINE float reduce_add(f32v v) {
 #if defined(__AVX512F__) && VITKIT_SIMD_LANES == 16

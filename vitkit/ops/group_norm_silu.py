@@ -98,7 +98,7 @@ def _fwd_fake(x, num_groups, weight, bias, eps, silu, add, scale, shift):
 
 def _bwd_fake(grad, x, mean, rstd, num_groups, weight, bias, silu, add, scale, shift):
     small = [
-        torch.empty_like(t) if t is not None else x.new_empty(0)
+        t.new_empty(t.shape) if t is not None else x.new_empty(0)
         for t in (weight, bias, add, scale, shift)
     ]
     return (torch.empty_like(x), *small)
