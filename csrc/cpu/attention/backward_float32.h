@@ -2,7 +2,8 @@
 //
 // A cell is a range of queries against a range of keys. Its keys and values are packed once; blocks
 // of queries then pass by, and all five products happen while a block's scores are in cache:
-//   S = Q K^T, dP = dO V^T, P = exp(S - lse), dS = P (dP - delta), dV += P^T dO, dK += dS^T Q, dQ += dS K
+//   S = Q K^T, dP = dO V^T, P = exp(S - lse), dS = P (dP - delta), dV += P^T dO, dK += dS^T Q, dQ
+//   += dS K
 // with delta = rowsum(dO O) - grad_lse. Sums over cells are kept in float32 per problem.
 #pragma once
 
@@ -19,7 +20,8 @@ namespace vitkit::cpu::VITKIT_ISA {
 constexpr int64_t kGradBlockRows = (48 + kTileRows - 1) / kTileRows * kTileRows;
 
 // Keys of a cell, so that three packings of them leave half of a 512 KiB L2 cache to the rest.
-constexpr int64_t kCellBytes = 256 << 10, kMinCellKeys = 96, kMaxCellKeys = 512, kFineCellKeys = 128;
+constexpr int64_t kCellBytes = 256 << 10, kMinCellKeys = 96, kMaxCellKeys = 512,
+                  kFineCellKeys = 128;
 constexpr int64_t kQueriesPerCell = 2;  // times the keys: packing the keys is paid for more often
 
 VITKIT_INLINE int64_t columns_padded(int64_t head_dim) { return round_up(head_dim, kLanes); }
@@ -30,7 +32,8 @@ struct GradSums {
   float *dq, *dk, *dv;
   int64_t floats;
 
-  GradSums(float* base, int64_t head_dim, int64_t nq, int64_t nk) : stride(columns_padded(head_dim)) {
+  GradSums(float* base, int64_t head_dim, int64_t nq, int64_t nk)
+      : stride(columns_padded(head_dim)) {
     dq = base;
     dk = dq + round_rows(nq) * stride;
     dv = dk + round_rows(nk) * stride;
@@ -41,7 +44,8 @@ struct GradSums {
 template <typename T>
 struct GradWorkspace {
   int64_t head_dim, row_stride, score_stride;
-  float *k_transposed, *v_transposed, *k, *q, *grad, *q_panels, *grad_panels, *p, *ds, *shift, *delta;
+  float *k_transposed, *v_transposed, *k, *q, *grad, *q_panels, *grad_panels, *p, *ds, *shift,
+      *delta;
   T* row;
   int64_t bytes;
 
@@ -75,8 +79,10 @@ class BackwardFloat32 {
   // Queries [q0, q0 + nq) against keys [k0, k0 + nk).
   void cell(int64_t q0, int64_t nq, int64_t k0, int64_t nk) const {
     if (nk <= 0 || (map_.causal && q0 + nq <= k0)) return;
-    pack_transposed<T>([this](int64_t j) { return map_.k_row(j); }, k0, nk, w_.head_dim, w_.k_transposed);
-    pack_transposed<T>([this](int64_t j) { return map_.v_row(j); }, k0, nk, w_.head_dim, w_.v_transposed);
+    pack_transposed<T>([this](int64_t j) { return map_.k_row(j); }, k0, nk, w_.head_dim,
+                       w_.k_transposed);
+    pack_transposed<T>([this](int64_t j) { return map_.v_row(j); }, k0, nk, w_.head_dim,
+                       w_.v_transposed);
     pack_panels<T>([this](int64_t j) { return map_.k_row(j); }, k0, nk, w_.head_dim, w_.k);
     const int64_t blocks = (nq + kGradBlockRows - 1) / kGradBlockRows;
     const int64_t block_rows = round_up((nq + blocks - 1) / blocks, kTileRows);
@@ -114,7 +120,8 @@ class BackwardFloat32 {
   };
 
   void clear(float* sums, int64_t first, int64_t n) const {
-    std::memset(sums + first * sums_.stride, 0, size_t(round_rows(n) * sums_.stride) * sizeof(float));
+    std::memset(sums + first * sums_.stride, 0,
+                size_t(round_rows(n) * sums_.stride) * sizeof(float));
   }
 
   // How many of the block's keys row r of the block attends.
@@ -125,7 +132,8 @@ class BackwardFloat32 {
   }
   static int64_t tile_rows(int64_t left) { return left < kTileRows ? left : int64_t(kTileRows); }
 
-  // A row of 0 scores and delta 0 with an infinite shift gives P = dS = 0: a query that attends nothing.
+  // A row of 0 scores and delta 0 with an infinite shift gives P = dS = 0: a query that attends
+  // nothing.
   void pack_queries(const Block& b) const {
     for (int64_t r = 0; r < b.rows; ++r) {
       const int64_t i = b.q0 + r;
@@ -170,9 +178,10 @@ class BackwardFloat32 {
       for (int64_t r = 0; r < b.rows; r += kTileRows) {
         const int64_t tile = tile_rows(b.rows - r);
         if (visible(b, r + tile - 1) <= p * kPanel) continue;
-        gemm_rows<false, Epilogue::overwrite>(tile, vecs, d, rows + r * w_.row_stride, w_.row_stride,
-                                              keys_transposed + p * kPanel * d,
-                                              to + r * w_.score_stride + p * kPanel, w_.score_stride);
+        gemm_rows<false, Epilogue::overwrite>(tile, vecs, d, rows + r * w_.row_stride,
+                                              w_.row_stride, keys_transposed + p * kPanel * d,
+                                              to + r * w_.score_stride + p * kPanel,
+                                              w_.score_stride);
       }
     }
   }
@@ -188,15 +197,18 @@ class BackwardFloat32 {
       if constexpr (Term::kNone)
         differentiate_row(r, n, padded, s, ds, [](f32v x, int64_t, int) { return x; });
       else
-        term_.row(b.q0 + r, b.k0, [&](const auto& add) { differentiate_row(r, n, padded, s, ds, add); });
+        term_.row(b.q0 + r, b.k0,
+                  [&](const auto& add) { differentiate_row(r, n, padded, s, ds, add); });
       if constexpr (!Sink::kNone) sink_.add(b.q0 + r, b.k0, n, ds);
     }
   }
 
   template <typename Add>
-  void differentiate_row(int64_t r, int64_t n, int64_t padded, float* s, float* ds, const Add& add) const {
+  void differentiate_row(int64_t r, int64_t n, int64_t padded, float* s, float* ds,
+                         const Add& add) const {
     constexpr int kDegree = std::is_same_v<T, float> ? 5 : 4;
-    const f32v scale = splat(scale_ * kLog2e), shift = splat(w_.shift[r]), delta = splat(w_.delta[r]);
+    const f32v scale = splat(scale_ * kLog2e), shift = splat(w_.shift[r]),
+               delta = splat(w_.delta[r]);
     int64_t j = 0;
     for (; j + kLanes <= n; j += kLanes) {
       const f32v p = exp2_softmax<kDegree>(add(load(s + j) * scale, j, kLanes) - shift);
@@ -243,8 +255,8 @@ class BackwardFloat32 {
         const int64_t tile = tile_rows(b.rows - r);
         gemm_rows<false, Epilogue::accumulate>(
             tile, panel_vecs(w_.head_dim, p), visible(b, r + tile - 1), w_.ds + r * w_.score_stride,
-            w_.score_stride, w_.k + p * kPanel * b.nk, sums_.dq + (b.q0 + r) * sums_.stride + p * kPanel,
-            sums_.stride);
+            w_.score_stride, w_.k + p * kPanel * b.nk,
+            sums_.dq + (b.q0 + r) * sums_.stride + p * kPanel, sums_.stride);
       }
   }
 

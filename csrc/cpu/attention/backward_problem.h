@@ -23,8 +23,8 @@ struct GradExtent {
 
 template <typename T>
 VITKIT_INLINE T* row_pointer(const RowsView& view, const BackwardProblem& at, int64_t token) {
-  return reinterpret_cast<T*>(view.data) + at.batch * view.batch_stride + at.head * view.head_stride +
-         token * view.token_stride;
+  return reinterpret_cast<T*>(view.data) + at.batch * view.batch_stride +
+         at.head * view.head_stride + token * view.token_stride;
 }
 
 template <typename T>
@@ -42,16 +42,17 @@ VITKIT_INLINE StridedGradMap<T> grad_map(const FlashBackward& p, const BackwardP
   map.v_stride = p.in.v.token_stride;
   map.out = row_pointer<T>(p.out, at, e.q);
   map.out_stride = p.out.token_stride;
-  map.lse_row = const_cast<float*>(p.lse) + at.batch * p.lse_batch_stride +
-                at.head * p.lse_head_stride + e.q;
+  map.lse_row =
+      const_cast<float*>(p.lse) + at.batch * p.lse_batch_stride + at.head * p.lse_head_stride + e.q;
   map.grad = row_pointer<T>(p.grad, at, e.q);
   map.grad_stride = p.grad.token_stride;
   map.grad_dim_stride = p.grad_dim_stride;
   map.head_dim = p.in.head_dim;
   map.grad_lse_stride = p.grad_lse_query_stride;
-  map.grad_lse_row = p.grad_lse ? p.grad_lse + at.batch * p.grad_lse_batch_stride +
-                                      at.head * p.grad_lse_head_stride + e.q * p.grad_lse_query_stride
-                                : nullptr;
+  map.grad_lse_row = p.grad_lse
+                         ? p.grad_lse + at.batch * p.grad_lse_batch_stride +
+                               at.head * p.grad_lse_head_stride + e.q * p.grad_lse_query_stride
+                         : nullptr;
   map.dq = row_pointer<T>(p.dq, at, e.q);
   map.dk = row_pointer<T>(p.dk, at, e.k);
   map.dv = row_pointer<T>(p.dv, at, e.k);
