@@ -124,7 +124,9 @@ def plan() -> Plan:
         p.missing["_C_cpu"] = p.missing["_C_cuda"] = reason
         return p
     p.nvcc = _find_nvcc()
-    if p.nvcc is None:
+    if not list((CSRC / "cuda").glob("*.cu")):
+        p.missing["_C_cuda"] = "this source tree has no CUDA sources"
+    elif p.nvcc is None:
         p.missing["_C_cuda"] = "nvcc not found: install the CUDA toolkit, or set CUDA_HOME"
     else:
         p.cuda_archs = _cuda_archs()

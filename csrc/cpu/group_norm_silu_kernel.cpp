@@ -46,10 +46,11 @@ VITKIT_INLINE void apply_row(const T* x, T* y, int64_t n, Affine affine) {
   const f32v factor = splat(affine.factor), term = splat(affine.term);
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const f32v a = activate<T, kSilu>(fma(load(x + i), factor, term));
-    const f32v b = activate<T, kSilu>(fma(load(x + i + kLanes), factor, term));
-    store(y + i, a);
-    store(y + i + kLanes, b);
+    f32v a, b;
+    load2(x + i, a, b);
+    a = activate<T, kSilu>(fma(a, factor, term));
+    b = activate<T, kSilu>(fma(b, factor, term));
+    store2(y + i, a, b);
   }
   each_vector(n - i, [&](int64_t k, auto count) {
     const f32v z = fma(load_partial(x + i + k, count), factor, term);
@@ -273,29 +274,46 @@ VITKIT_INLINE f32v activation_gradient(f32v x, f32v grad, f32v factor, f32v term
   return grad * activation_slope<T, kSilu>(fma(x, factor, term));
 }
 
-// Adds a row's sums to out[0..2]; keeps its dz for the second pass where there is room.
+// Adds a row's sums to out[0..2]; keeps its dz for the second pass where there is room. The two
+// vectors of load2 are kept in their own order, which write_row reads back.
 template <typename T, bool kSilu>
 VITKIT_INLINE void sum_row(const T* x, const T* grad, int64_t n, Channel channel, float* kept,
                            double* out) {
   const f32v factor = splat(channel.z.factor), term = splat(channel.z.term);
   const f32v xfactor = splat(channel.xhat.factor), xterm = splat(channel.xhat.term);
+  const auto add = [&](Sums& sums, f32v v, f32v g) {
+    const f32v xhat = fma(v, xfactor, xterm);
+    const f32v dz = activation_gradient<T, kSilu>(v, g, factor, term);
+    sums.dz += dz;
+    sums.dz_xhat += dz * xhat;
+    sums.xhat += xhat;
+    return dz;
+  };
   for (int64_t start = 0; start < n; start += kStatisticsChunk) {
     const int64_t stop = n - start < kStatisticsChunk ? n : start + kStatisticsChunk;
-    Sums sums;
-    each_vector(stop - start, [&](int64_t k, auto count) {
-      const int64_t i = start + k;
-      const f32v v = load_partial(x + i, count), xhat = fma(v, xfactor, xterm);
+    Sums sums, more;
+    int64_t i = start;
+    for (; i + 2 * kLanes <= stop; i += 2 * kLanes) {
+      f32v v, w, g, h;
+      load2(x + i, v, w);
+      load2(grad + i, g, h);
+      g = add(sums, v, g);
+      h = add(more, w, h);
+      if (kept != nullptr) {
+        store(kept + i, g);
+        store(kept + i + kLanes, h);
+      }
+    }
+    int64_t past = 0;
+    each_vector(stop - i, [&](int64_t k, auto count) {
       // Lanes past the end have a zero gradient; their xhat is removed below.
-      const f32v dz = activation_gradient<T, kSilu>(v, load_partial(grad + i, count), factor, term);
-      if (kept != nullptr) store_partial(kept + i, dz, count);
-      sums.dz += dz;
-      sums.dz_xhat += dz * xhat;
-      sums.xhat += xhat;
+      const f32v dz = add(sums, load_partial(x + i + k, count), load_partial(grad + i + k, count));
+      if (kept != nullptr) store_partial(kept + i + k, dz, count);
+      past = kLanes - count;
     });
-    const int64_t past = (kLanes - (stop - start) % kLanes) % kLanes;
-    out[0] += reduce_add(sums.dz);
-    out[1] += reduce_add(sums.dz_xhat);
-    out[2] += reduce_add(sums.xhat) - double(past) * channel.xhat.term;
+    out[0] += reduce_add(sums.dz + more.dz);
+    out[1] += reduce_add(sums.dz_xhat + more.dz_xhat);
+    out[2] += reduce_add(sums.xhat + more.xhat) - double(past) * channel.xhat.term;
   }
 }
 
@@ -304,12 +322,29 @@ VITKIT_INLINE void write_row(const T* x, const T* grad, T* dx, int64_t n, Channe
                              InputGradient w, const float* kept) {
   const f32v factor = splat(channel.z.factor), term = splat(channel.z.term);
   const f32v of_dz = splat(w.of_dz), of_x = splat(w.of_x), constant = splat(w.constant);
-  each_vector(n, [&](int64_t i, auto count) {
-    const f32v v = load_partial(x + i, count);
-    const f32v dz = kept != nullptr ? load_partial(kept + i, count)
+  const auto combine = [&](f32v v, f32v dz) { return fma(dz, of_dz, fma(v, of_x, constant)); };
+  // The order of `kept` restarts where sum_row's chunks do.
+  static_assert(kStatisticsChunk % (2 * kLanes) == 0);
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    f32v v, u, g, h;
+    load2(x + i, v, u);
+    if (kept != nullptr) {
+      g = load(kept + i);
+      h = load(kept + i + kLanes);
+    } else {
+      load2(grad + i, g, h);
+      g = activation_gradient<T, kSilu>(v, g, factor, term);
+      h = activation_gradient<T, kSilu>(u, h, factor, term);
+    }
+    store2(dx + i, combine(v, g), combine(u, h));
+  }
+  each_vector(n - i, [&](int64_t k, auto count) {
+    const f32v v = load_partial(x + i + k, count);
+    const f32v dz = kept != nullptr ? load_partial(kept + i + k, count)
                                     : activation_gradient<T, kSilu>(
-                                          v, load_partial(grad + i, count), factor, term);
-    store_partial(dx + i, fma(dz, of_dz, fma(v, of_x, constant)), count);
+                                          v, load_partial(grad + i + k, count), factor, term);
+    store_partial(dx + i + k, combine(v, dz), count);
   });
 }
 

@@ -206,6 +206,36 @@ VITKIT_INLINE void store_partial(T* p, f32v v, int n) {
   std::memcpy(p, buffer, n * sizeof(T));
 }
 
+// 2 * kLanes consecutive elements as two vectors, split in whichever way is cheapest: for bfloat16
+// the even and the odd ones, which one shift and one mask separate. store2 puts them back the same way.
+template <typename T>
+VITKIT_INLINE void load2(const T* p, f32v& a, f32v& b) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    u32v u;
+    std::memcpy(&u, p, sizeof(u));
+    a = f32v(u << 16);
+    b = f32v(u & 0xffff0000u);
+  } else {
+    a = load(p);
+    b = load(p + kLanes);
+  }
+}
+
+template <typename T>
+VITKIT_INLINE void store2(T* p, f32v a, f32v b) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const auto rounded = [](f32v v) {
+      const u32v u = u32v(v);
+      return (u + 0x7fffu + ((u >> 16) & 1u)) | u32v(v != v);
+    };
+    const u32v u = (rounded(a) >> 16) | (rounded(b) & 0xffff0000u);
+    std::memcpy(p, &u, sizeof(u));
+  } else {
+    store(p, a);
+    store(p + kLanes, b);
+  }
+}
+
 // Calls f(i, count) for the vectors that cover [0, n); count is the constant kLanes but for the last.
 template <typename F>
 VITKIT_INLINE void each_vector(int64_t n, const F& f) {

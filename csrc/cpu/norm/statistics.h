@@ -23,11 +23,14 @@ template <typename T>
 VITKIT_INLINE float sum_of(const T* x, int64_t n) {
   f32v a = {}, b = {}, c = {}, d = {};
   int64_t i = 0;
+  f32v u, v;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    a += load(x + i);
-    b += load(x + i + kLanes);
-    c += load(x + i + 2 * kLanes);
-    d += load(x + i + 3 * kLanes);
+    load2(x + i, u, v);
+    a += u;
+    b += v;
+    load2(x + i + 2 * kLanes, u, v);
+    c += u;
+    d += v;
   }
   for (; i < n; i += kLanes) a += load_partial(x + i, int(n - i < kLanes ? n - i : kLanes));
   return reduce_add((a + b) + (c + d));
@@ -38,18 +41,18 @@ VITKIT_INLINE float squares_about(const T* x, int64_t n, float mean) {
   const f32v m = splat(mean);
   f32v a = {}, b = {}, c = {}, d = {};
   int64_t i = 0;
-  const auto square = [&](const T* p) {
-    const f32v v = load(p) - m;
-    return v * v;
-  };
+  const auto square = [&](f32v v) { return (v - m) * (v - m); };
+  f32v u, v;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    a += square(x + i);
-    b += square(x + i + kLanes);
-    c += square(x + i + 2 * kLanes);
-    d += square(x + i + 3 * kLanes);
+    load2(x + i, u, v);
+    a += square(u);
+    b += square(v);
+    load2(x + i + 2 * kLanes, u, v);
+    c += square(u);
+    d += square(v);
   }
   for (; i < n; i += kLanes) {
-    const f32v v = load_partial(x + i, int(n - i < kLanes ? n - i : kLanes), mean) - m;
+    v = load_partial(x + i, int(n - i < kLanes ? n - i : kLanes), mean) - m;
     a += v * v;
   }
   return reduce_add((a + b) + (c + d));
