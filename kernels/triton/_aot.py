@@ -1,0 +1,168 @@
+"""Compiles the kernels for GPUs that are not there, and reads what the compiler made of them.
+
+    python -m vitkit.kernels._aot [--arch sm90 ...] [--json] [name part ...]
+
+Each op module lists representative calls in ``aot_specs()``. They run through the launcher's own
+planning with meta tensors, so signature, divisibility, tiles and stages are those of a real call.
+Registers, spills and instructions come from the machine code (cuobjdump and nvdisasm are bundled
+with Triton; AMD's assembly is text), not from the compiler's own report. Needs a process without
+TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from ._primitives import INTERPRET, Device, Launch
+
+MODULES = ("flash_attention", "group_norm_silu")
+TARGETS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm86": GPUTarget("cuda", 86, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "sm100": GPUTarget("cuda", 100, 32),
+    "hip": GPUTarget("hip", "gfx942", 64),
+}
+# Bytes one block may use: CUDA C programming guide, compute capabilities; LDS of CDNA 3.
+SHARED_LIMIT = {
+    "sm80": 163 << 10,
+    "sm86": 99 << 10,
+    "sm90": 227 << 10,
+    "sm100": 227 << 10,
+    "hip": 64 << 10,
+}
+_MATMUL = re.compile(r"HMMA|HGMMA|QGMMA|UTC\w*MMA|v_mfma")
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
+_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel of one call on one architecture. ``spills``: loads and stores of spilled
+    registers in the code; ``matmul``: tensor core instructions; ``wide``: global loads and
+    asynchronous copies of 8 bytes and more, of ``loads`` in all."""
+
+    spec: str
+    kernel: str
+    arch: str
+    registers: int
+    spills: int
+    shared: int
+    matmul: int
+    loads: int
+    wide: int
+    warps: int
+    expects_matmul: bool
+
+
+def compile_launch(launch: Launch, arch: str) -> Any:
+    """The kernel as ``launch`` would compile it on ``arch``."""
+    if INTERPRET:
+        raise RuntimeError("ahead-of-time compilation needs a process without TRITON_INTERPRET=1")
+    target = TARGETS[arch]
+    backend = make_backend(target)
+    kernel = launch.kernel
+    keywords = {**launch.constants, **launch.options}
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*launch.args, **keywords)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, keywords, bound, specialization, options
+    )
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def _nvidia(cubin: bytes) -> tuple[int, str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def tool(name: str, option: str) -> str:
+            command = [str(_BIN / name), option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = re.search(r"REG:(\d+)", tool("cuobjdump", "-res-usage"))
+        code = tool("nvdisasm", "-c")
+    if usage is None:
+        raise RuntimeError("cuobjdump -res-usage: no register count in its output")
+    return int(usage.group(1)), code
+
+
+def _instructions(compiled: Any, arch: str) -> tuple[int, list[str]]:
+    """(registers, instruction names in program order)."""
+    if arch == "hip":
+        code = compiled.asm["amdgcn"]
+        registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", code)[0])
+        spilled = int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", code)[0])
+        return registers, re.findall(r"^\s+([a-z]\w+)", code, re.M) + ["SPILL"] * spilled
+    registers, code = _nvidia(compiled.asm["cubin"])
+    return registers, _INSTRUCTION.findall(code)
+
+
+def inspect(compiled: Any, arch: str) -> dict[str, int]:
+    """Registers, spills, shared memory and instruction counts of a compiled kernel."""
+    registers, names = _instructions(compiled, arch)
+    loads = [n for n in names if re.match(r"LDG|LDGSTS|UTMALDG|UBLKCP|(global|buffer)_load", n)]
+    wide = [n for n in loads if re.search(r"\.(64|128)\b|x[24]\b|UTMALDG|UBLKCP", n)]
+    return {
+        "registers": registers,
+        "spills": sum(n.startswith(("LDL", "STL", "SPILL")) for n in names),
+        "shared": compiled.metadata.shared,
+        "matmul": sum(bool(_MATMUL.match(n)) for n in names),
+        "loads": len(loads),
+        "wide": len(wide),
+        "warps": compiled.metadata.num_warps,
+    }
+
+
+def table(archs: tuple[str, ...] = tuple(TARGETS), names: tuple[str, ...] = ()) -> Iterator[Row]:
+    """One row per kernel, for the calls whose name contains one of ``names`` (all if empty)."""
+    for module in MODULES:
+        specs = importlib.import_module(f"{__package__}.{module}").aot_specs()
+        for spec in specs:
+            if names and not any(name in spec.name for name in names):
+                continue
+            for arch in archs:
+                for launch in spec.launches(Device.typical(arch)):
+                    facts = inspect(compile_launch(launch, arch), arch)
+                    expects = spec.matmul and "D0" in launch.constants
+                    name = launch.kernel.__name__
+                    yield Row(spec.name, name, arch, expects_matmul=expects, **facts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", help="only calls whose name contains one of these")
+    parser.add_argument("--arch", action="append", choices=sorted(TARGETS))
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    options = parser.parse_args()
+    rows = table(tuple(options.arch or TARGETS), tuple(options.names))
+    if not options.json:
+        print(f"{'arch':6} {'regs':>4} {'spill':>5} {'shared':>7} {'matmul':>6} {'wide/loads':>10}")
+    for row in rows:
+        if options.json:
+            print(json.dumps(asdict(row)), flush=True)
+        else:
+            print(
+                f"{row.arch:6} {row.registers:4} {row.spills:5} {row.shared:7} {row.matmul:6}"
+                f" {row.wide:4}/{row.loads:<5} {row.kernel}, {row.warps} warps: {row.spec}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
