@@ -1,18 +1,25 @@
 """vitkit: fused kernels for vision models, on GPUs and plain CPUs.
 
-Ops are functions on tensors; ``patch`` swaps them into a model that exists. Importing vitkit
-imports torch and nothing
-heavy: kernels, Triton and host libraries load when they are first used.
+Ops are functions on tensors; ``patch`` swaps them into a model that exists, ``verify`` shows that
+its numbers stay. Importing vitkit imports torch and nothing heavy: kernels, Triton and host
+libraries load when they are first used.
 """
 
 from vitkit._version import __version__
 from vitkit.backends import explain
 from vitkit.ops.flash_attention import flash_attention
 from vitkit.ops.group_norm_silu import group_norm_silu
+from vitkit.patch import is_patched, patch, patched, unpatch
+from vitkit.verify import verify
 
 __all__ = [
     "__version__",
     "explain",
     "flash_attention",
     "group_norm_silu",
+    "is_patched",
+    "patch",
+    "patched",
+    "unpatch",
+    "verify",
 ]

@@ -1,0 +1,1 @@
+"""One file per host library. Importing one imports that library."""

@@ -1,0 +1,15 @@
+"""Rules for torch's own modules, in whatever model they are."""
+
+from __future__ import annotations
+
+import torch
+
+from vitkit import nn
+from vitkit.patch.rules import Replacement, Rule, is_group_norm, swap_class
+
+
+def _group_norm(module: torch.nn.Module) -> Replacement | str:
+    return Replacement("group_norm_silu (no activation)", (swap_class(module, nn.GroupNorm),))
+
+
+RULES = [Rule(is_group_norm, _group_norm)]
