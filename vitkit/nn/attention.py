@@ -62,7 +62,7 @@ class Attention(torch.nn.Module):
         self.proj_drop = torch.nn.Dropout(0.0)
 
     def forward(
-        self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
+        self: Any, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
     ) -> torch.Tensor:
         b, n, _ = x.shape
         gate = self.gate(x).sigmoid() if self.gate is not None else None

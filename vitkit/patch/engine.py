@@ -105,7 +105,8 @@ def patch(
         raise ValueError(
             f"patch: backend must be one of {('auto', *backends.BACKENDS)}, got {backend!r}"
         )
-    report, rules, covered = Report(dry_run=dry_run), _loaded_rules(), set()
+    report, rules = Report(dry_run=dry_run), _loaded_rules()
+    covered: set[int] = set()
     changes: list[Change] = []
     for name, module in model.named_modules():
         found = _plan(module, rules, covered)

@@ -1,0 +1,127 @@
+"""The demo: real models on a real photograph, unpatched and patched, with the proof beside the
+speed, as a table and as a page."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from vitkit.demo.models import DemoModel, demo_models, photograph
+from vitkit.verify import Verification, verify
+
+STEPS = 5  # of verify's progress, building the model included
+
+
+def run(
+    console: Console,
+    image: Path | None,
+    device: str,
+    dtype: str,
+    out: Path,
+    pretrained: bool,
+    quick: bool,
+) -> int:
+    """Runs the demo; returns the exit code, 1 if any output misses the tolerance."""
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"demo: dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    if image is not None and not image.is_file():
+        raise ValueError(f"demo: image must be a file, got {str(image)!r}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    models = demo_models(image, pretrained, quick)
+    results: list[tuple[DemoModel, Verification]] = []
+    columns = (TextColumn("{task.description:<52}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=STEPS * len(models))
+        for index, entry in enumerate(models):
+
+            def tell(step: str, entry: DemoModel = entry) -> None:
+                progress.advance(task)
+                progress.update(task, description=f"{entry.name}: {step}")
+
+            tell("building")
+            results.append((entry, _verify(entry, device, dtype, 1.0 if quick else 6.0, tell)))
+            progress.update(task, completed=STEPS * (index + 1))
+    console.print(_table(results, device, dtype))
+    page = _write_page(out, image, results, device, dtype)
+    ok = all(result.ok for _, result in results)
+    console.print("Same numbers in every model." if ok else "[red]Some numbers differ.[/]")
+    console.print(f"Page with the plots: {page}", highlight=False)
+    return 0 if ok else 1
+
+
+def _verify(entry: DemoModel, device: str, dtype: str, seconds: float, tell: Any) -> Verification:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, inputs, options = entry.make()
+    target = getattr(torch, dtype)
+
+    def place(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(device, target if value.is_floating_point() else None)
+
+    return verify(
+        model.to(device, target),
+        *(place(v) for v in inputs),
+        seconds=seconds,
+        progress=tell,
+        **{name: place(v) for name, v in options.items()},
+    )
+
+
+def backend_of(result: Verification) -> str:
+    """The backends whose kernels were really called, read from the operators that ran."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = {"triton" if op.endswith(".triton") else device for op in result.kernel_calls}
+    return ", ".join(sorted(names)) or "reference"
+
+
+def _table(results: list[tuple[DemoModel, Verification]], device: str, dtype: str) -> Table:
+    cpu = f"CPU, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if device == "cuda" else cpu
+    title = f"{dtype} on {where}; errors against a float64 run"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("model", no_wrap=True)
+    names = ("modules", "max error", "relative", "before", "after", "speed-up")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("backend", no_wrap=True)
+    table.add_column("parity", no_wrap=True)
+    for entry, r in results:
+        worst = max(r.outputs, key=lambda o: o.parity.relative)
+        table.add_row(
+            entry.name,
+            str(len(r.report.replaced)),
+            f"{worst.parity.max_error:.1e}",
+            f"{worst.parity.relative:.1e}",
+            f"{r.seconds_before * 1e3:.0f} ms",
+            f"{r.seconds_after * 1e3:.0f} ms",
+            f"[bold]{r.speedup:.2f}x[/]",
+            backend_of(r),
+            "[green]ok[/]" if r.ok else "[red]FAILED[/]",
+        )
+    return table
+
+
+def _write_page(
+    out: Path,
+    image: Path | None,
+    results: list[tuple[DemoModel, Verification]],
+    device: str,
+    dtype: str,
+) -> Path:
+    from vitkit.demo.page import render
+
+    out.mkdir(parents=True, exist_ok=True)
+    page = out / "index.html"
+    rows = [(entry.name, result, backend_of(result)) for entry, result in results]
+    page.write_text(render(rows, photograph(image, 256), device, dtype))
+    return page
