@@ -1,0 +1,7 @@
+"""``python -m vitkit.benchmarks``."""
+
+import sys
+
+from .run import main
+
+sys.exit(main())

@@ -1,0 +1,190 @@
+"""Shapes of flash_attention: [B, N, H, D] as views of one qkv projection, as ViTs produce them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import vitkit
+
+from ..harness import Case, Outputs, Provider
+
+OP = "flash_attention"
+
+# (model, B, Nq, Nk, H, D, bias, targets of (fp32 forward, bf16 forward, forward+backward), sets)
+SHAPES: list[
+    tuple[str, int, int, int, int, int, str, tuple[float | None, ...], tuple[str, ...]]
+] = [
+    ("ViT-B/16", 8, 197, 197, 12, 64, "none", (1.5, 2.0, 1.3), ("smoke", "fast", "full")),
+    ("SigLIP so400m", 8, 256, 256, 16, 72, "none", (1.4, 1.5, 1.3), ("fast", "full")),
+    ("ViT-B/16 512px", 2, 1024, 1024, 12, 64, "none", (1.15, 1.25, 1.3), ("fast", "full")),
+    ("ViT-B/16 1024px", 1, 4096, 4096, 12, 64, "none", (1.1, 1.25, 1.3), ("full",)),
+    ("BEiT-B, learned bias", 8, 197, 197, 12, 64, "heads", (None, 2.0, 2.0), ("fast", "full")),
+    ("ViT-L/16 384px", 4, 577, 577, 16, 64, "none", (None, None, None), ("full",)),
+    ("ViT-B/32", 16, 50, 50, 12, 64, "none", (None, None, None), ("full",)),
+    ("SD1.5 cross attention", 2, 4096, 77, 8, 40, "none", (None, None, None), ("fast", "full")),
+]
+
+
+def _bias_shape(kind: str, b: int, nq: int, nk: int, h: int) -> tuple[int, ...] | None:
+    shapes = {"none": None, "heads": (1, h, nq, nk), "batch": (b, h, nq, nk), "keys": (b, 1, 1, nk)}
+    if kind not in shapes:
+        raise ValueError(f"bench: bias must be one of {sorted(shapes)}, got {kind!r}")
+    return shapes[kind]
+
+
+def _sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+
+
+def _eager(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if bias is not None:
+        scores = scores + bias
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def _sdpa_with(backend: SDPBackend) -> Callable[..., torch.Tensor]:
+    def call(*tensors: Any) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return _sdpa(*tensors)
+
+    return call
+
+
+def _rivals(device: str) -> dict[str, Callable[..., torch.Tensor]]:
+    rivals: dict[str, Callable[..., torch.Tensor]] = {
+        "eager": _eager,
+        "torch.compile": torch.compile(_eager),
+        "sdpa": _sdpa,
+    }
+    backends = ["MATH", "FLASH_ATTENTION"]
+    if device == "cuda":
+        backends += ["EFFICIENT_ATTENTION", "CUDNN_ATTENTION"]
+        rivals |= _optional_gpu_rivals()
+    for name in backends:
+        rivals[f"sdpa {name.lower()}"] = _sdpa_with(getattr(SDPBackend, name))
+    return rivals
+
+
+def _optional_gpu_rivals() -> dict[str, Callable[..., torch.Tensor]]:
+    """flash-attn and xformers where they are installed and load."""
+    found: dict[str, Callable[..., torch.Tensor]] = {}
+    try:
+        from flash_attn import flash_attn_func
+
+        found["flash-attn"] = lambda q, k, v, bias: flash_attn_func(q, k, v)
+    except (ImportError, OSError):
+        pass
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        def xformers(q, k, v, bias):
+            shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+            return memory_efficient_attention(
+                q, k, v, attn_bias=None if bias is None else bias.expand(shape)
+            )
+
+        found["xformers"] = xformers
+    except (ImportError, OSError):
+        pass
+    return found
+
+
+def make_case(
+    name: str,
+    b: int,
+    nq: int,
+    nk: int,
+    h: int,
+    d: int,
+    bias: str,
+    dtype: torch.dtype,
+    backward: bool,
+    device: str,
+    target: float | None = None,
+    sets: tuple[str, ...] = ("full",),
+    backend: str = "auto",
+) -> Case:
+    """One case; tensors are made when it is measured."""
+
+    def make() -> tuple[list[Provider], Callable[[], Outputs]]:
+        torch.manual_seed(0)
+        if nq == nk:
+            q, k, v = torch.randn(b, nq, 3, h, d, device=device).to(dtype).unbind(2)
+        else:
+            q = torch.randn(b, nq, h, d, device=device).to(dtype)
+            k, v = torch.randn(b, nk, 2, h, d, device=device).to(dtype).unbind(2)
+        shape = _bias_shape(bias, b, nq, nk, h)
+        term = None if shape is None else torch.randn(shape, device=device).to(dtype)
+        grad = torch.randn(b, nq, h, d, device=device).to(dtype)
+
+        def bind(
+            function: Callable[..., torch.Tensor], double: bool = False
+        ) -> Callable[[], Outputs]:
+            given = [t.double() if double and t is not None else t for t in (q, k, v, term)]
+            if not backward:
+                return lambda: [function(*given)]
+            leaves = [t.detach().requires_grad_() if t is not None else None for t in given]
+            wanted = [t for t in leaves if t is not None]
+            cotangent = grad.double() if double else grad
+
+            def call() -> Outputs:
+                out = function(*leaves)
+                return [out.detach(), *torch.autograd.grad(out, wanted, cotangent)]
+
+            return call
+
+        def ours(q, k, v, bias):
+            return vitkit.flash_attention(q, k, v, bias=bias, backend=backend)
+
+        providers = [Provider("vitkit", bind(ours), ours=True)]
+        providers += [Provider(n, bind(f)) for n, f in _rivals(device).items()]
+        return providers, bind(_eager, double=True)
+
+    element = dtype.itemsize
+    tensors = b * h * d * (2 * nq + 2 * nk) * element
+    shape = _bias_shape(bias, b, nq, nk, h)
+    if shape is not None:
+        tensors += torch.Size(shape).numel() * element
+    flops = 4.0 * b * h * nq * nk * d
+    return Case(
+        OP,
+        name,
+        "forward+backward" if backward else "forward",
+        dtype,
+        "BNHD",
+        f"{b}x{nq}x{h}x{d}"
+        + (f" kv {nk}" if nk != nq else "")
+        + (f" bias {bias}" if shape else ""),
+        make,
+        flops * (3.5 if backward else 1),
+        tensors * (2.5 if backward else 1),
+        nk * d * (b if backward else 1),
+        target,
+        sets,
+    )
+
+
+def cases(device: str) -> list[Case]:
+    found = []
+    for name, b, nq, nk, h, d, bias, targets, sets in SHAPES:
+        for backward in (False, True):
+            for dtype in (torch.float32, torch.bfloat16):
+                index = 2 if backward else int(dtype == torch.bfloat16)
+                found.append(
+                    make_case(
+                        name, b, nq, nk, h, d, bias, dtype, backward, device, targets[index], sets
+                    )
+                )
+    return found

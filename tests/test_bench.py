@@ -1,0 +1,158 @@
+"""The harness must refuse what is wrong: numbers, impossible times, tables that drifted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from vitkit.benchmarks import gpu, report, run
+from vitkit.benchmarks.harness import (
+    BeyondRoofline,
+    Case,
+    Provider,
+    Roofline,
+    WrongNumbers,
+    geometric_mean,
+    measure,
+)
+
+ROOFLINE = Roofline({"float32": 100.0}, 20.0)
+X = torch.linspace(-2, 2, 4096)
+
+
+def case(ours, *rivals, size=1.0):
+    providers = [Provider("vitkit", ours, ours=True), Provider("eager", lambda: [X.sin()]), *rivals]
+    return Case(
+        "sine", "toy", "forward", torch.float32, "flat", "4096",
+        lambda: (providers, lambda: [X.double().sin()]), 1.0, size, 1, target=0.01,
+    )  # fmt: skip
+
+
+def slow_sine():
+    for _ in range(40):
+        y = X.sin()
+    return [y]
+
+
+def test_a_right_provider_is_timed_against_the_best_rival():
+    row = measure(case(lambda: [X.sin()], Provider("slow", slow_sine)), "cpu", ROOFLINE, 0.05)
+    assert row.best_rival == "eager" and row.rivals["slow"] > row.rivals["eager"]
+    assert row.ratio == pytest.approx(row.rivals["eager"] / row.microseconds)
+    assert row.max_error <= row.error_limit
+    assert row.met and row.peak_mbytes == pytest.approx(X.nbytes / 2**20, rel=0.2)
+
+
+def test_wrong_numbers_are_not_timed():
+    with pytest.raises(WrongNumbers, match="vitkit: max error"):
+        measure(case(lambda: [X.sin() + 1e-3]), "cpu", ROOFLINE, 0.05)
+
+
+def test_an_output_nobody_wrote_is_caught():
+    """torch.empty may hold the right answer of the call before; poisoned it cannot."""
+    with pytest.raises(WrongNumbers):
+        measure(case(lambda: [torch.empty_like(X)]), "cpu", ROOFLINE, 0.05)
+
+
+def test_numbers_that_go_wrong_while_being_timed_are_caught():
+    calls = []
+
+    def drifting():
+        calls.append(1)
+        return [X.sin() if len(calls) < 5 else X.cos()]
+
+    with pytest.raises(WrongNumbers):
+        measure(case(drifting), "cpu", ROOFLINE, 0.05)
+
+
+def test_a_wrong_rival_is_left_out_and_named():
+    rival = Provider("broken", lambda: [X.cos()])
+    row = measure(case(lambda: [X.sin()], rival), "cpu", ROOFLINE, 0.05)
+    assert "broken" not in row.rivals and "max error" in row.failed["broken"]
+
+
+def test_faster_than_the_machine_is_refused():
+    with pytest.raises(BeyondRoofline, match="below the floor"):
+        measure(case(lambda: [X.sin()], size=1e12), "cpu", ROOFLINE, 0.05)
+
+
+def test_rows_survive_storage_and_tables_show_every_row(tmp_path):
+    row = measure(case(lambda: [X.sin()]), "cpu", ROOFLINE, 0.05)
+    slow = dataclasses.replace(row, name="slower one", ratio=0.5, target=2.0)
+    facts = run.environment("cpu", ROOFLINE)
+    path = tmp_path / "rows.json"
+    report.store(path, facts, [row, slow], {})
+    loaded_facts, rows = report.load(path)
+    assert rows == [row, slow] and json.dumps(loaded_facts)
+    table = report.markdown(loaded_facts, rows)
+    assert "slower one" in table and "**0.50x** | 2.00x missed" in table
+    assert f"{geometric_mean([row.ratio, 0.5]):.2f}x the best rival" in table
+    page = report.html(facts, rows)
+    assert page.count('class="row"') == 2 and 'class="slow"' in page and "http" not in page
+
+
+def test_readme_table_drift_is_detected(tmp_path):
+    row = measure(case(lambda: [X.sin()]), "cpu", ROOFLINE, 0.05)
+    results, readme = tmp_path / "rows.json", tmp_path / "README.md"
+    report.store(results, run.environment("cpu", ROOFLINE), [row], {})
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert report.main([str(results), "--readme", str(readme), "--check"]) == 1
+    assert report.main([str(results), "--readme", str(readme)]) == 0
+    assert report.main([str(results), "--readme", str(readme), "--check"]) == 0
+    assert readme.read_text().startswith("before\n") and "toy" in readme.read_text()
+
+
+def test_every_case_of_the_issue_is_there():
+    options = run._parser().parse_args(["--set", "full", "--device", "cpu"])
+    cases = run.selected_cases(options)
+    assert {c.op for c in cases} == set(run.OPS)
+    assert len({(c.op, c.name, c.mode, c.dtype, c.layout) for c in cases}) == len(cases)
+    smoke = run.selected_cases(run._parser().parse_args(["--set", "smoke", "--device", "cpu"]))
+    assert 0 < len(smoke) < len(cases)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["--q", "8x197x12"],
+        ["--q", "1x2x3x8", "--k", "1x2x4x8"],
+        ["--shape", "2x0x4x4"],
+    ],
+)
+def test_bad_options_are_explained(arguments):
+    with pytest.raises(SystemExit, match="vitkit bench: "):
+        run.main([*arguments, "--device", "cpu"])
+
+
+def test_your_own_shape(capsys):
+    assert (
+        run.main(["--shape", "1x8x6x6", "--groups", "4", "--seconds", "0.02", "--device", "cpu"])
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert "would run on 'cpu'" in printed and "your shape" in printed
+
+
+def test_gpu_entry_without_a_gpu_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "visible_gpu", lambda: None)
+    assert gpu.main() == 2
+    assert "no GPU is visible" in capsys.readouterr().out
+
+
+def test_gpu_stages_survive_a_failing_stage(tmp_path):
+    import sys
+
+    stages = [
+        gpu.Stage("bad", [sys.executable, "-c", "raise SystemExit(3)"], 20),
+        gpu.Stage("slow", [sys.executable, "-c", "import time; time.sleep(20)"], 1),
+        gpu.Stage("good", [sys.executable, "-c", "pass"], 20),
+    ]
+    outcome = gpu.run(stages, {})
+    assert outcome["bad"].startswith("failed (exit code 3)")
+    assert outcome["slow"].startswith("stopped after 1 s")
+    assert outcome["good"].startswith("ok")
+    names = [s.name for s in gpu.stages("cuda", "NVIDIA H100")]
+    assert names[:2] == ["build", "tests"] and names[-1] == "benchmarks"
+    assert sum(s.seconds for s in gpu.stages("cuda", "NVIDIA H100")) <= 780
