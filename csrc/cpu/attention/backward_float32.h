@@ -17,10 +17,11 @@ namespace vitkit::cpu::VITKIT_ISA {
 
 // Rows of P and dS in one block: they are the inner dimension of two products, and both blocks
 // share the L2 cache with the packed keys and the sums.
-constexpr int64_t kGradBlockRows = (48 + kTileRows - 1) / kTileRows * kTileRows;
+constexpr int64_t kGradBlockRows = (72 + kTileRows - 1) / kTileRows * kTileRows;
 
-// Keys of a cell, so that three packings of them leave half of a 512 KiB L2 cache to the rest.
-constexpr int64_t kCellBytes = 256 << 10, kMinCellKeys = 96, kMaxCellKeys = 512,
+// Keys of a cell: three packings of them fit a 512 KiB L2 cache. Each row of Q and dO is packed
+// once per cell, which costs about as much as 30 keys.
+constexpr int64_t kCellBytes = 384 << 10, kMinCellKeys = 96, kMaxCellKeys = 512,
                   kFineCellKeys = 128;
 constexpr int64_t kQueriesPerCell = 2;  // times the keys: packing the keys is paid for more often
 
@@ -90,8 +91,10 @@ class BackwardFloat32 {
       const Block b{q0 + r, nq - r < block_rows ? nq - r : block_rows, k0, nk};
       if (map_.causal && b.q0 + b.rows <= k0) continue;
       pack_queries(b);
-      products(b, w_.q, w_.k_transposed, w_.p);
-      products(b, w_.grad, w_.v_transposed, w_.ds);
+      const int64_t next = r + b.rows, after = next + block_rows;
+      Ahead ahead{q0 + next, q0 + (after < nq ? after : nq)};
+      products(b, w_.q, w_.k_transposed, w_.p, ahead);
+      products(b, w_.grad, w_.v_transposed, w_.ds, ahead);
       differentiate(b);
       add_to_keys(b);
       add_to_queries(b);
@@ -117,6 +120,11 @@ class BackwardFloat32 {
  private:
   struct Block {
     int64_t q0, rows, k0, nk;
+  };
+  // Queries whose rows are fetched while a block is multiplied: each lies in pages of its own,
+  // which is too far apart for the hardware to foresee.
+  struct Ahead {
+    int64_t next, end;
   };
 
   void clear(float* sums, int64_t first, int64_t n) const {
@@ -171,13 +179,15 @@ class BackwardFloat32 {
   }
 
   // to[r][j] = rows[r] . keys[j]
-  void products(const Block& b, const float* rows, const float* keys_transposed, float* to) const {
+  void products(const Block& b, const float* rows, const float* keys_transposed, float* to,
+                Ahead& ahead) const {
     const int64_t d = w_.head_dim;
     for (int64_t p = 0; p < num_panels(b.nk); ++p) {
       const int vecs = panel_vecs(b.nk, p);
       for (int64_t r = 0; r < b.rows; r += kTileRows) {
         const int64_t tile = tile_rows(b.rows - r);
         if (visible(b, r + tile - 1) <= p * kPanel) continue;
+        if (ahead.next < ahead.end) map_.prefetch_query(ahead.next++);
         gemm_rows<false, Epilogue::overwrite>(tile, vecs, d, rows + r * w_.row_stride,
                                               w_.row_stride, keys_transposed + p * kPanel * d,
                                               to + r * w_.score_stride + p * kPanel,
@@ -231,21 +241,22 @@ class BackwardFloat32 {
   // dV += P^T dO and dK += dS^T Q
   void add_to_keys(const Block& b) const {
     for (int64_t j = 0; j < b.nk; j += kTileRows) {
-      const int64_t tile = tile_rows(b.nk - j);
       const int64_t hidden = map_.causal && b.k0 + j > b.q0 ? b.k0 + j - b.q0 : 0;
       if (hidden >= b.rows) return;
-      add_to_key_tile(b, j, tile, hidden, w_.p, w_.grad_panels, sums_.dv);
-      add_to_key_tile(b, j, tile, hidden, w_.ds, w_.q_panels, sums_.dk);
+      add_to_key_tile(b, j, hidden, w_.p, w_.grad_panels, sums_.dv);
+      add_to_key_tile(b, j, hidden, w_.ds, w_.q_panels, sums_.dk);
     }
   }
 
-  void add_to_key_tile(const Block& b, int64_t j, int64_t tile, int64_t hidden, const float* scores,
+  // The tile at key j, which no row before `hidden` attends.
+  void add_to_key_tile(const Block& b, int64_t j, int64_t hidden, const float* scores,
                        const float* panels, float* sums) const {
     for (int64_t p = 0; p < num_panels(w_.head_dim); ++p)
       gemm_rows<true, Epilogue::accumulate>(
-          tile, panel_vecs(w_.head_dim, p), b.rows - hidden, scores + hidden * w_.score_stride + j,
-          w_.score_stride, panels + (p * b.rows + hidden) * kPanel,
-          sums + (b.k0 + j) * sums_.stride + p * kPanel, sums_.stride);
+          tile_rows(b.nk - j), panel_vecs(w_.head_dim, p), b.rows - hidden,
+          scores + hidden * w_.score_stride + j, w_.score_stride,
+          panels + (p * b.rows + hidden) * kPanel, sums + (b.k0 + j) * sums_.stride + p * kPanel,
+          sums_.stride);
   }
 
   // dQ += dS K
