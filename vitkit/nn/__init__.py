@@ -1,8 +1,13 @@
-"""Thin modules over vitkit's ops. Parameters have the names and shapes of the modules they stand in
-for, so that a state_dict loads either way."""
+"""Thin modules over vitkit's ops.
 
-from vitkit.nn.attention import Attention, AttentionPoolLatent, attend
-from vitkit.nn.norm import GroupNorm, GroupNormSiLU, group_norm_silu
+Parameters have the names and shapes of the modules they stand in for, so a state_dict loads either
+way. ``attend`` and ``group_norm_silu`` are what a module's forward calls: the op where one of its
+kernels can run, torch's own functions where none can.
+"""
+
+from vitkit.nn.attention import Attention, AttentionPoolLatent
+from vitkit.nn.functional import attend, group_norm_silu, why_no_kernel
+from vitkit.nn.norm import GroupNorm, GroupNormSiLU
 
 __all__ = [
     "Attention",
@@ -11,4 +16,5 @@ __all__ = [
     "GroupNormSiLU",
     "attend",
     "group_norm_silu",
+    "why_no_kernel",
 ]

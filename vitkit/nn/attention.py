@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from vitkit.ops.flash_attention import flash_attention
+from vitkit.nn.functional import attend
+
+Norm = Callable[[int], torch.nn.Module]
 
 
-def attend(
-    module: torch.nn.Module,
-    q: torch.Tensor,  # [B, Nq, H, D]
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    causal: bool = False,
-) -> torch.Tensor:
-    """``vitkit.flash_attention`` on the backend chosen for ``module``."""
-    backend = getattr(module, "vitkit_backend", "auto")
-    out = flash_attention(q, k, v, bias=mask, causal=causal, backend=backend)
-    assert isinstance(out, torch.Tensor)
-    return out
+def _head_dim(name: str, dim: int, num_heads: int) -> int:
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"{name}: num_heads must divide dim = {dim}, got {num_heads}")
+    return dim // num_heads
 
 
 class Attention(torch.nn.Module):
@@ -30,8 +24,11 @@ class Attention(torch.nn.Module):
     Args:
         dim: width of the tokens.
         num_heads: divides dim.
-        qkv_bias, proj_bias: biases of the two projections.
-        qk_norm: norm_layer(head_dim) on queries and keys.
+        qkv_bias, proj_bias: whether the two projections have a bias.
+        qk_norm: ``norm_layer(head_dim)`` on queries and keys.
+        scale_norm: ``norm_layer(dim)`` before the output projection.
+        gated: the output is multiplied by the sigmoid of a projection of the input.
+        proj_drop: dropout probability of the output.
 
     Example:
         >>> import torch, vitkit.nn
@@ -43,53 +40,125 @@ class Attention(torch.nn.Module):
         self,
         dim: int,
         num_heads: int = 8,
+        *,
         qkv_bias: bool = True,
         proj_bias: bool = True,
         qk_norm: bool = False,
-        norm_layer: Any = torch.nn.LayerNorm,
+        scale_norm: bool = False,
+        gated: bool = False,
+        proj_drop: float = 0.0,
+        norm_layer: Norm = torch.nn.LayerNorm,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"Attention: num_heads must divide dim = {dim}, got {num_heads}")
         self.num_heads = num_heads
-        self.head_dim = dim // num_heads
+        self.head_dim = _head_dim("Attention", dim, num_heads)
         self.qkv = torch.nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm = norm_layer(self.head_dim) if qk_norm else torch.nn.Identity()
         self.k_norm = norm_layer(self.head_dim) if qk_norm else torch.nn.Identity()
-        self.norm = torch.nn.Identity()
-        self.gate: torch.nn.Module | None = None
+        self.norm = norm_layer(dim) if scale_norm else torch.nn.Identity()
+        self.gate = torch.nn.Linear(dim, dim, bias=qkv_bias) if gated else None
         self.proj = torch.nn.Linear(dim, dim, bias=proj_bias)
-        self.proj_drop = torch.nn.Dropout(0.0)
+        self.proj_drop = torch.nn.Dropout(proj_drop)
 
     def forward(
-        self: Any, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
+        self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
     ) -> torch.Tensor:
-        b, n, _ = x.shape
-        gate = self.gate(x).sigmoid() if self.gate is not None else None
-        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).unbind(2)
-        q, k = self.q_norm(q), self.k_norm(k)
-        x = attend(self, q, k, v, attn_mask, is_causal).reshape(b, n, -1)
-        x = self.norm(x)
-        if gate is not None:
-            x = x * gate
-        return self.proj_drop(self.proj(x))
+        return self_attention(self, x, attn_mask, is_causal)
+
+
+def self_attention(
+    m: Any,  # anything with the attributes of Attention, which timm's is too
+    x: torch.Tensor,  # [B, N, E]
+    attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """The forward of :class:`Attention`."""
+    b, n, _ = x.shape
+    q, k, v = m.qkv(x).reshape(b, n, 3, m.num_heads, m.head_dim).unbind(2)
+    out = attend(m, m.q_norm(q), m.k_norm(k), v, attn_mask, is_causal).reshape(b, n, -1)
+    return project(m, x, out)
+
+
+def project(m: Any, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """What timm's attention modules do with the attended values: norm, gate (of the module's input
+    x), projection, dropout."""
+    out = m.norm(out)
+    gate = getattr(m, "gate", None)  # timm before 1.0.28 has none
+    if gate is not None:
+        out = out * gate(x).sigmoid()
+    return m.proj_drop(m.proj(out))
 
 
 class AttentionPoolLatent(torch.nn.Module):
-    """Cross attention of learned latents to the tokens, with the parameters of timm's module of
-    that name. It has no constructor of its own: patching gives an existing module this forward."""
+    """Learned latents attend to the tokens, then an MLP: the parameters of timm's module of that
+    name, which SigLIP pools with.
+
+    Args:
+        dim: width of the tokens and of the output.
+        num_heads: divides dim.
+        latent_len: number of latents.
+        mlp_ratio: width of the MLP over dim.
+        qkv_bias: whether the ``q`` and ``kv`` projections have a bias.
+        qk_norm: ``norm_layer(head_dim)`` on queries and keys.
+        pool: ``"token"`` returns the first latent, ``"avg"`` their mean, ``""`` all of them.
+
+    Example:
+        >>> import torch, vitkit.nn
+        >>> vitkit.nn.AttentionPoolLatent(64, num_heads=4)(torch.randn(2, 17, 64)).shape
+        torch.Size([2, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        latent_len: int = 1,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        pool: str = "token",
+        norm_layer: Norm = torch.nn.LayerNorm,
+    ) -> None:
+        super().__init__()
+        if pool not in ("token", "avg", ""):
+            raise ValueError(
+                f"AttentionPoolLatent: pool must be 'token', 'avg' or '', got {pool!r}"
+            )
+        self.num_heads = num_heads
+        self.head_dim = _head_dim("AttentionPoolLatent", dim, num_heads)
+        self.latent_len = latent_len
+        self.pool = pool
+        self.pos_embed: torch.nn.Parameter | None = None
+        self.latent = torch.nn.Parameter(torch.randn(1, latent_len, dim) * dim**-0.5)
+        self.q = torch.nn.Linear(dim, dim, bias=qkv_bias)
+        self.kv = torch.nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.q_norm = norm_layer(self.head_dim) if qk_norm else torch.nn.Identity()
+        self.k_norm = norm_layer(self.head_dim) if qk_norm else torch.nn.Identity()
+        self.proj = torch.nn.Linear(dim, dim)
+        self.proj_drop = torch.nn.Dropout(0.0)
+        self.norm = norm_layer(dim)
+        hidden = int(dim * mlp_ratio)
+        self.mlp = torch.nn.Sequential()
+        self.mlp.add_module("fc1", torch.nn.Linear(dim, hidden))
+        self.mlp.add_module("act", torch.nn.GELU())
+        self.mlp.add_module("fc2", torch.nn.Linear(hidden, dim))
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
-        m: Any = self
-        b, n, c = x.shape
-        if m.pos_embed is not None:
-            x = x + m.pos_embed.unsqueeze(0).to(x.dtype)
-        q = m.q(m.latent.expand(b, -1, -1)).reshape(b, m.latent_len, m.num_heads, m.head_dim)
-        k, v = m.kv(x).reshape(b, n, 2, m.num_heads, m.head_dim).unbind(2)
-        x = attend(self, m.q_norm(q), m.k_norm(k), v, attn_mask).reshape(b, m.latent_len, c)
-        x = m.proj_drop(m.proj(x))
-        if m.mlp is not None:
-            x = x + m.mlp(m.norm(x))
-        if m.pool == "token":
-            return x[:, 0]
-        return x.mean(1) if m.pool == "avg" else x
+        return pool_latent(self, x, attn_mask)
+
+
+def pool_latent(m: Any, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The forward of :class:`AttentionPoolLatent`; ``m`` is anything with its attributes."""
+    b, n, _ = x.shape
+    if m.pos_embed is not None:
+        x = x + m.pos_embed.unsqueeze(0).to(x.dtype)
+    q = m.q(m.latent.expand(b, -1, -1)).reshape(b, m.latent_len, m.num_heads, m.head_dim)
+    k, v = m.kv(x).reshape(b, n, 2, m.num_heads, m.head_dim).unbind(2)
+    x = attend(m, m.q_norm(q), m.k_norm(k), v, attn_mask).reshape(b, m.latent_len, -1)
+    x = m.proj_drop(m.proj(x))
+    if m.mlp is not None:
+        x = x + m.mlp(m.norm(x))
+    if m.pool == "token":
+        return x[:, 0]
+    return x.mean(1) if m.pool == "avg" else x

@@ -4,31 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vitkit.ops.group_norm_silu import group_norm_silu as _op
-
-
-def group_norm_silu(
-    norm: torch.nn.GroupNorm,
-    x: torch.Tensor,
-    *,
-    activation: str | None = "silu",
-    add: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """``vitkit.group_norm_silu`` with the parameters of a ``torch.nn.GroupNorm``."""
-    return _op(
-        x,
-        norm.num_groups,
-        norm.weight,
-        norm.bias,
-        norm.eps,
-        activation=activation,
-        add=add,
-        scale=scale,
-        shift=shift,
-        backend=getattr(norm, "vitkit_backend", "auto"),
-    )
+from vitkit.nn.functional import group_norm_silu
 
 
 class GroupNorm(torch.nn.GroupNorm):
@@ -48,6 +24,12 @@ class GroupNormSiLU(torch.nn.GroupNorm):
     """GroupNorm and the SiLU after it, with the optional addition before and modulation between.
 
     ``forward(x, add=None, scale=None, shift=None)`` computes what ``vitkit.group_norm_silu`` does.
+
+    Example:
+        >>> import torch, vitkit.nn
+        >>> block = vitkit.nn.GroupNormSiLU(4, 16)
+        >>> block(torch.randn(2, 16, 8, 8), add=torch.randn(2, 16)).shape
+        torch.Size([2, 16, 8, 8])
     """
 
     def forward(

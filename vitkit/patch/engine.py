@@ -3,45 +3,40 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 
+from vitkit import backends
+from vitkit.nn import why_no_kernel
 from vitkit.patch.report import Replaced, Report, Skipped
-from vitkit.patch.rules import Change, Host, Replacement, Rule
+from vitkit.patch.rules import Change, Replacement, Rule
+
+# Host library -> module with its rules; torch's last: they serve whatever no host rule speaks for.
+HOSTS = {"timm": "timm", "diffusers": "diffusers", "torch": "pytorch"}
 
 # Where an instance keeps what it was: attribute -> value before the patch.
 _UNDO = "_vitkit_undo"
 _MISSING = "<not there before vitkit.patch>"
 
 
-def _rules_of(name: str) -> Any:
-    return lambda: importlib.import_module(f"vitkit.patch.hosts.{name}").RULES
+@cache
+def _rules_of(host: str) -> tuple[Rule, ...]:
+    return tuple(importlib.import_module(f"vitkit.patch.hosts.{HOSTS[host]}").RULES)
 
 
-# Rules for a library's own modules before those for torch's, which serve any model.
-HOSTS = [
-    Host("timm", _rules_of("timm")),
-    Host("diffusers", _rules_of("diffusers")),
-    Host("torch", _rules_of("pytorch")),
-]
+def _rules() -> list[Rule]:
+    """Rules of the host libraries this process has imported; modules of another cannot exist."""
+    return [rule for host in HOSTS if host in sys.modules for rule in _rules_of(host)]
 
 
-def _loaded_rules() -> list[Rule]:
-    """Rules of the host libraries this process has imported; a model of another cannot exist."""
-    rules: list[Rule] = []
-    for host in HOSTS:
-        if host.library in sys.modules:
-            if host.rules is None:
-                host.rules = list(host.load())
-            rules.extend(host.rules)
-    return rules
-
-
-def _overridden(module: torch.nn.Module) -> str | None:
+def _why_untouchable(module: torch.nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled by TorchScript"
     if "forward" in module.__dict__:
@@ -49,25 +44,46 @@ def _overridden(module: torch.nn.Module) -> str | None:
     return None
 
 
-def _lookalike(module: torch.nn.Module) -> str | None:
+def _why_no_rule(module: torch.nn.Module, rules: list[Rule]) -> str | None:
     """The reason to list a module no rule speaks for: it looks like what vitkit accelerates."""
     name = type(module).__name__
-    if isinstance(module, torch.nn.GroupNorm) or name.endswith("Attention"):
-        return f"no rule for {type(module).__module__.split('.')[0]}'s {name}"
+    host = type(module).__module__.split(".")[0]
+    parent = next((rule.cls for rule in rules if isinstance(module, rule.cls)), None)
+    if parent is not None:
+        origin = parent.__module__.split(".")[0]
+        return f"a subclass of {origin}'s {parent.__name__}: it may compute something else"
+    if name.endswith("Attention") or "ResnetBlock" in name:
+        return f"no rule for {host}'s {name}"
     return None
 
 
-def _plan(
-    module: torch.nn.Module, rules: list[Rule], covered: set[int]
-) -> Replacement | str | None:
-    """What to do with one module: a replacement, the reason it is left, None if it is no
-    concern."""
-    if id(module) in covered or _UNDO in module.__dict__:
-        return None
-    rule = next((r for r in rules if r.match(module)), None)
-    if rule is None:
-        return _lookalike(module)
-    return _overridden(module) or rule.plan(module)
+@dataclass(frozen=True)
+class _Survey:
+    """What judging a module takes besides the module."""
+
+    rules: list[Rule]
+    backend: str
+    home: torch.nn.Module  # the model: a module without tensors is where its model is
+
+    def why_no_kernel(self, module: torch.nn.Module, op: str) -> str | None:
+        """The reason that no kernel serves the module where, and in the dtype in which, it is."""
+        if self.backend != "auto" or backends.DEFAULT != "auto":
+            return None
+        sources = (module.parameters(), module.buffers(), self.home.parameters())
+        tensors = (t for t in itertools.chain(*sources) if t.is_floating_point())
+        first = next(tensors, None)
+        return None if first is None else why_no_kernel(op, first.device.type, first.dtype)
+
+    def plan(self, module: torch.nn.Module) -> Replacement | str | None:
+        """A replacement, the reason the module is left, None if it is of no concern."""
+        rule = next((r for r in self.rules if type(module) is r.cls), None)
+        if rule is None:
+            return _why_no_rule(module, self.rules)
+        found = rule.plan(module)
+        if not isinstance(found, Replacement):
+            return found
+        reason = _why_untouchable(module) or rule.why_not()
+        return reason or self.why_no_kernel(module, rule.op) or found
 
 
 def patch(
@@ -78,11 +94,15 @@ def patch(
 ) -> Report:
     """Replaces the modules of ``model`` that vitkit has kernels for, in place.
 
+    Parameters, buffers, hooks and state_dict keys stay; only classes of module instances change.
+    Modules are judged as they are now: move the model to its device and dtype first, and patch
+    before ``torch.compile``, DDP and FSDP wrap it.
+
     Args:
-        model: a model of timm or diffusers, or any module holding some of theirs. Patch before
-            ``torch.compile``, DDP and FSDP wrap it.
+        model: a model of timm or diffusers, or any module holding some of theirs or of torch's.
         backend: what the replaced modules run on; see ``vitkit.flash_attention``.
-        strict: raise if anything that could have been replaced is left.
+        strict: raise if anything that could have been replaced is left, or if there is nothing to
+            replace.
         dry_run: change nothing, only report.
 
     Returns:
@@ -90,26 +110,43 @@ def patch(
 
     Raises:
         TypeError: model is not a module.
-        ValueError: unknown backend, or ``strict`` and something was left (nothing is changed then).
+        ValueError: unknown backend, or ``strict`` is not met (nothing is changed then).
 
     Example:
         >>> import torch, vitkit
-        >>> vitkit.patch(torch.nn.Linear(2, 2)).replaced
-        []
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.GroupNorm(2, 8))
+        >>> print(vitkit.patch(model, backend="reference"))
+        vitkit replaced 1 module, left 0
+             1 x GroupNorm -> group_norm_silu (no activation): 1
+        >>> vitkit.unpatch(model)
+        1
     """
-    from vitkit import backends
-
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}")
-    if backend not in ("auto", *backends.BACKENDS):
-        raise ValueError(
-            f"patch: backend must be one of {('auto', *backends.BACKENDS)}, got {backend!r}"
-        )
-    report, rules = Report(dry_run=dry_run), _loaded_rules()
-    covered: set[int] = set()
+    allowed = ("auto", *backends.BACKENDS)
+    if backend not in allowed:
+        raise ValueError(f"patch: backend must be one of {allowed}, got {backend!r}")
+    report, changes = _survey(model, backend)
+    report.dry_run = dry_run
+    if strict and (report.skipped or not (report.replaced or report.already)):
+        raise ValueError(f"patch: strict must leave nothing, got\n{report}")
+    if not dry_run:
+        for change in changes:
+            _apply(change)
+    return report
+
+
+def _survey(model: torch.nn.Module, backend: str) -> tuple[Report, list[Change]]:
+    report, survey = Report(backend=backend), _Survey(_rules(), backend, model)
     changes: list[Change] = []
+    covered: set[int] = set()
     for name, module in model.named_modules():
-        found = _plan(module, rules, covered)
+        if _UNDO in module.__dict__:
+            report.already += 1
+            continue
+        if id(module) in covered or type(module).__module__.split(".")[0] == "vitkit":
+            continue
+        found = survey.plan(module)
         if isinstance(found, Replacement):
             covered.update(id(m) for m in found.covers)
             changes.extend(found.changes)
@@ -118,19 +155,14 @@ def patch(
             report.replaced.append(Replaced(name, type(module).__name__, found.by, found.note))
         elif found is not None:
             report.skipped.append(Skipped(name, type(module).__name__, found))
-    if strict and report.skipped:
-        raise ValueError(f"patch: strict must leave nothing, but {report}")
-    if not dry_run:
-        for change in changes:
-            _apply(change)
-    return report
+    return report, changes
 
 
 def _apply(change: Change) -> None:
     values = vars(change.target)
     undo = values.setdefault(_UNDO, {})
     if change.attribute == "__class__":
-        before: Any = type(change.target)
+        before: Any = (type(change.target), change.value)
     else:
         before = values.get(change.attribute, _MISSING)
     undo.setdefault(change.attribute, before)
@@ -138,20 +170,33 @@ def _apply(change: Change) -> None:
 
 
 def unpatch(model: torch.nn.Module) -> int:
-    """Makes every module of ``model`` exactly what it was before ``patch``; returns how many were
-    changed back. Copies and unpickled models can be unpatched too: the memory travels with them."""
-    count = 0
-    for module in model.modules():
-        undo = module.__dict__.pop(_UNDO, None)
-        if undo is None:
-            continue
-        count += 1
-        for attribute, value in undo.items():
-            if isinstance(value, str) and value == _MISSING:
+    """Makes every module of ``model`` exactly what it was before ``patch``.
+
+    Copies and unpickled models can be unpatched too: what a module was travels with it.
+
+    Returns:
+        The number of module instances changed back.
+
+    Raises:
+        ValueError: a module was given another class since (sharding does that); nothing is changed.
+    """
+    modules = [(name, m) for name, m in model.named_modules() if _UNDO in m.__dict__]
+    for name, module in modules:
+        given = module.__dict__[_UNDO].get("__class__", (None, type(module)))[1]
+        if type(module) is not given:
+            raise ValueError(
+                f"unpatch: {name or 'model'} must have the class that patch gave it,"
+                f" got {type(module).__module__}.{type(module).__name__}"
+            )
+    for _, module in modules:
+        for attribute, before in module.__dict__.pop(_UNDO).items():
+            if attribute == "__class__":
+                module.__class__ = before[0]
+            elif isinstance(before, str) and before == _MISSING:
                 del module.__dict__[attribute]
             else:
-                setattr(module, attribute, value)
-    return count
+                module.__dict__[attribute] = before
+    return len(modules)
 
 
 def is_patched(model: torch.nn.Module) -> bool:
@@ -163,8 +208,12 @@ def is_patched(model: torch.nn.Module) -> bool:
 def patched(
     model: torch.nn.Module, backend: str = "auto", strict: bool = False
 ) -> Iterator[Report]:
-    """``patch`` on entry, ``unpatch`` on exit, also after an exception."""
-    if is_patched(model):
+    """``patch`` on entry, ``unpatch`` on exit, also after an exception.
+
+    Raises:
+        ValueError: the model is patched already: leaving would unpatch what was there before.
+    """
+    if isinstance(model, torch.nn.Module) and is_patched(model):
         raise ValueError("patched: model must not be patched already")
     report = patch(model, backend=backend, strict=strict)
     try:

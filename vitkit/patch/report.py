@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -27,32 +31,63 @@ class Skipped:
 
 @dataclass
 class Report:
-    """Result of ``vitkit.patch``: what was replaced and what was left, with reasons."""
+    """Result of ``vitkit.patch``. ``print(report)`` lists it by kind; rich prints a table.
 
+    Attributes:
+        backend: as asked for.
+        replaced, skipped: modules by their path in the model; ``""`` is the model itself.
+        already: modules an earlier patch had changed; they were left as they are.
+        dry_run: whether nothing was changed.
+    """
+
+    backend: str = "auto"
     replaced: list[Replaced] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    already: int = 0
     dry_run: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def __str__(self) -> str:
+    @property
+    def headline(self) -> str:
         verb = "would replace" if self.dry_run else "replaced"
-        lines = [f"vitkit {verb} {len(self.replaced)} modules, left {len(self.skipped)}"]
-        for (cls, by, note), names in _grouped(self.replaced, "cls", "by", "note").items():
-            suffix = f" ({note})" if note else ""
-            lines.append(f"  {len(names):>4} x {cls} -> {by}{suffix}: {_shown(names)}")
-        for (cls, reason), names in _grouped(self.skipped, "cls", "reason").items():
-            lines.append(f"  {len(names):>4} x {cls} left: {reason}: {_shown(names)}")
-        return "\n".join(lines)
+        count = len(self.replaced)
+        text = f"vitkit {verb} {count} module{'' if count == 1 else 's'}, left {len(self.skipped)}"
+        return text + (f"; {self.already} were patched before" if self.already else "")
 
+    def groups(self) -> Iterable[tuple[str, str, list[str]]]:
+        """(class, what became of it, names) of modules alike in both."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for r in self.replaced:
+            note = f" ({r.note})" if r.note else ""
+            found.setdefault((r.cls, f"-> {r.by}{note}"), []).append(r.name)
+        for s in self.skipped:
+            found.setdefault((s.cls, f"left: {s.reason}"), []).append(s.name)
+        return ((cls, fate, names) for (cls, fate), names in found.items())
 
-def _grouped(entries: list[Any], *keys: str) -> dict[tuple[str, ...], list[str]]:
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for entry in entries:
-        groups.setdefault(tuple(getattr(entry, k) for k in keys), []).append(entry.name)
-    return groups
+    def __str__(self) -> str:
+        lines = [
+            f"{len(names):>6} x {cls} {fate}: {_shown(names)}" for cls, fate, names in self.groups()
+        ]
+        return "\n".join([self.headline, *lines])
+
+    def __rich__(self) -> Table:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=self.headline, title_justify="left", box=box.SIMPLE)
+        table.add_column("", justify="right")
+        for column in ("class", "fate", "where"):
+            table.add_column(column)
+        for cls, fate, names in self.groups():
+            style = "yellow" if fate.startswith("left") else "green"
+            cells = (Text(str(len(names))), Text(cls), Text(fate, style), Text(_shown(names)))
+            table.add_row(*cells)
+        return table
 
 
 def _shown(names: list[str]) -> str:
-    return ", ".join(names[:2]) + (f", ... {names[-1]}" if len(names) > 2 else "")
+    named = [n or "the model itself" for n in names]
+    return ", ".join(named[:2]) + (f" ... {named[-1]}" if len(named) > 2 else "")

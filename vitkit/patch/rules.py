@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from vitkit.patch.source import unknown
+
 
 @dataclass(frozen=True)
 class Change:
-    """One attribute of one object that a replacement sets; ``__class__`` is the usual one."""
+    """One attribute of one module that a replacement sets; ``__class__`` is the usual one."""
 
-    target: Any
+    target: torch.nn.Module
     attribute: str
     value: Any
 
@@ -26,7 +28,7 @@ class Replacement:
         by: what runs instead, for the report.
         changes: attributes to set.
         covers: submodules that the replacement computes itself and that no other rule may touch.
-        note: limits worth telling, such as "host forward when dropout is active".
+        note: limits worth telling, such as "timm's forward while dropout is active".
     """
 
     by: str
@@ -37,21 +39,25 @@ class Replacement:
 
 @dataclass(frozen=True)
 class Rule:
-    """``match`` names the modules a rule speaks for; ``plan`` returns a Replacement, or the reason
-    there is none."""
+    """What to do with modules of one class.
 
-    match: Callable[[torch.nn.Module], bool]
-    plan: Callable[[torch.nn.Module], Replacement | str]
+    Args:
+        cls: the class, exactly: a subclass may compute something else and is left with that reason.
+        op: the vitkit op the replacement needs.
+        plan: takes such a module, returns a Replacement, the reason there is none, or None if the
+            module is of no concern after all.
+        repeats: the host's functions whose computation the replacement repeats, each with the
+            fingerprints it was written for and the host versions that have them.
+    """
 
+    cls: type
+    op: str
+    plan: Callable[[Any], Replacement | str | None]
+    repeats: tuple[tuple[Callable[..., Any], dict[str, str]], ...] = ()
 
-@dataclass
-class Host:
-    """A library whose modules vitkit knows. ``load`` imports its rules, and with them the library;
-    it is called only when the library is loaded already."""
-
-    library: str
-    load: Callable[[], Iterable[Rule]]
-    rules: list[Rule] | None = field(default=None, repr=False)
+    def why_not(self) -> str | None:
+        """The reason this rule does not fit the installed version of its host."""
+        return next((r for f, known in self.repeats if (r := unknown(f, known))), None)
 
 
 def swap_class(module: torch.nn.Module, twin: type) -> Change:
@@ -60,17 +66,20 @@ def swap_class(module: torch.nn.Module, twin: type) -> Change:
     return Change(module, "__class__", twin)
 
 
-def observed(*modules: torch.nn.Module | None) -> str | None:
-    """The reason modules cannot be computed by their parent: somebody watches or replaced them."""
-    for m in modules:
-        if m is None:
-            continue
-        hooks = (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-        if any(hooks):
-            return f"its {type(m).__name__} has hooks, which a fused call would not run"
-        if "forward" in m.__dict__:
-            return f"the forward of its {type(m).__name__} was replaced on the instance"
-    return None
+def watched(*modules: torch.nn.Module | None) -> bool:
+    """Whether somebody has hooks on a module or replaced its forward. Its parent must then call it,
+    and not compute it along with something else."""
+    return any(
+        bool(
+            m._forward_hooks
+            or m._forward_pre_hooks
+            or m._backward_hooks
+            or m._backward_pre_hooks
+            or "forward" in m.__dict__
+        )
+        for m in modules
+        if m is not None
+    )
 
 
 def is_group_norm(module: Any) -> bool:

@@ -1,1 +1,2 @@
-"""One file per host library. Importing one imports that library."""
+"""Rules by host library. A module here imports its library and is imported only once the library
+is."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from vitkit import nn
-from vitkit.patch.rules import Replacement, Rule, is_group_norm, swap_class
+from vitkit.patch.rules import Replacement, Rule, swap_class
 
 
-def _group_norm(module: torch.nn.Module) -> Replacement | str:
+def _group_norm(module: torch.nn.Module) -> Replacement:
     return Replacement("group_norm_silu (no activation)", (swap_class(module, nn.GroupNorm),))
 
 
-RULES = [Rule(is_group_norm, _group_norm)]
+RULES = [Rule(torch.nn.GroupNorm, "group_norm_silu", _group_norm)]

@@ -1,53 +1,129 @@
-"""Rules for timm: self-attention of its ViTs and attention pooling."""
+"""Rules for timm: self-attention of its ViTs, with and without rotary positions, and attention
+pooling."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import timm.layers
+import torch
+from timm.layers import apply_rot_embed_cat
 
 from vitkit import nn
-from vitkit.patch.rules import Replacement, Rule, swap_class
+from vitkit.nn.attention import pool_latent, project, self_attention
+from vitkit.patch.rules import Replacement, Rule, swap_class, watched
+
+# What the replacements repeat, in every version whose forward they were compared with.
+_ATTENTION = {
+    "29e5debcf4": "1.0.20 to 1.0.22",
+    "854d39f1a2": "1.0.23 to 1.0.25",
+    "97a109ff8d": "1.0.26, 1.0.27",
+    "70e266c3de": "1.0.28 to 1.0.31",
+}
+_ATTENTION_ROPE = {
+    "239472acbe": "1.0.20 to 1.0.22",
+    "b1e2217596": "1.0.23 to 1.0.25",
+    "b1020369be": "1.0.26, 1.0.27",
+    "33eec300bb": "1.0.28, 1.0.29",
+    "6598aa74ad": "1.0.30, 1.0.31",
+}
+_POOL = {"9f9cf25c24": "1.0.20 to 1.0.25", "d5fef5d19d": "1.0.26 to 1.0.31"}
+
+
+def _needs_host(m, attn_mask: torch.Tensor | None, is_causal: bool) -> bool:
+    """Whether this call must show the attention weights: to dropout, or to a hook on it. With both
+    a mask and is_causal, timm lets one win on one of its two paths and refuses on the other."""
+    dropping = m.training and m.attn_drop.p > 0
+    return dropping or watched(m.attn_drop) or (is_causal and attn_mask is not None)
 
 
 class Attention(timm.layers.Attention):
-    """timm's Attention on flash attention; attention dropout in training runs timm's own
-    forward."""
+    """timm's Attention on flash attention."""
 
     def forward(self, x, attn_mask=None, is_causal=False):
-        # timm lets is_causal win over a mask on one of its two paths and refuses both on the other.
-        if (self.training and self.attn_drop.p > 0) or (is_causal and attn_mask is not None):
-            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        return nn.Attention.forward(self, x, attn_mask, is_causal)
+        if _needs_host(self, attn_mask, is_causal):
+            causal = {"is_causal": True} if is_causal else {}  # timm before 1.0.26 has no such name
+            return super().forward(x, attn_mask=attn_mask, **causal)
+        return self_attention(self, x, attn_mask, is_causal)
+
+
+class AttentionRope(timm.layers.AttentionRope):
+    """timm's AttentionRope on flash attention."""
+
+    def forward(self, x, rope=None, attn_mask=None, is_causal=False):
+        if _needs_host(self, attn_mask, is_causal):
+            causal = {"is_causal": True} if is_causal else {}
+            return super().forward(x, rope, attn_mask=attn_mask, **causal)
+        b, n, _ = x.shape
+        if self.qkv is not None:
+            qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).unbind(2)
+            q, k, v = (t.transpose(1, 2) for t in qkv)
+        else:
+            shape = (b, n, -1, self.head_dim)
+            q, k, v = (
+                proj(x).reshape(shape).transpose(1, 2)
+                for proj in (self.q_proj, self.k_proj, self.v_proj)
+            )
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            prefix = self.num_prefix_tokens
+            half = getattr(self, "rotate_half", False)
+            q, k = (
+                torch.cat(
+                    [t[:, :, :prefix], apply_rot_embed_cat(t[:, :, prefix:], rope, half=half)], 2
+                ).type_as(v)
+                for t in (q, k)
+            )
+        groups = getattr(self, "num_kv_groups", 1)
+        if groups > 1:
+            k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return project(self, x, nn.attend(self, q, k, v, attn_mask, is_causal).reshape(b, n, -1))
 
 
 class AttentionPoolLatent(timm.layers.AttentionPoolLatent):
     """timm's AttentionPoolLatent on flash attention."""
 
-    forward = nn.AttentionPoolLatent.forward
+    def forward(self, x, attn_mask=None):
+        # Without fused attention timm adds a boolean mask to the scores as numbers.
+        if attn_mask is not None and not self.fused_attn:
+            return super().forward(x, attn_mask)
+        return pool_latent(self, x, attn_mask)
 
 
-def _standard_scale(module: Any) -> str | None:
-    expected = module.head_dim**-0.5
-    if abs(module.scale - expected) > 1e-9 * expected:
+def _onto(twin: type):
+    def plan(module: torch.nn.Module) -> Replacement | str:
+        reason = _why_not_head(module)
+        if reason:
+            return reason
+        dropout = getattr(getattr(module, "attn_drop", None), "p", 0.0)
+        note = "timm's own forward while attention dropout is active" if dropout else ""
+        return Replacement("flash_attention", (swap_class(module, twin),), note=note)
+
+    return plan
+
+
+def _why_not_head(module) -> str | None:
+    if module.scale != module.head_dim**-0.5:
         return f"its scale is {module.scale}, not head_dim ** -0.5"
-    return None
-
-
-def _attention(module: Any) -> Replacement | str:
-    note = "timm's forward while attention dropout is active" if module.attn_drop.p > 0 else ""
-    return _standard_scale(module) or Replacement(
-        "flash_attention", (swap_class(module, Attention),), note=note
-    )
-
-
-def _pool(module: Any) -> Replacement | str:
-    return _standard_scale(module) or Replacement(
-        "flash_attention", (swap_class(module, AttentionPoolLatent),)
-    )
+    return nn.why_no_kernel("flash_attention", "meta", torch.float32, module.head_dim)
 
 
 RULES = [
-    Rule(lambda m: type(m) is timm.layers.Attention, _attention),
-    Rule(lambda m: type(m) is timm.layers.AttentionPoolLatent, _pool),
+    Rule(
+        timm.layers.Attention,
+        "flash_attention",
+        _onto(Attention),
+        ((timm.layers.Attention.forward, _ATTENTION),),
+    ),
+    Rule(
+        timm.layers.AttentionRope,
+        "flash_attention",
+        _onto(AttentionRope),
+        ((timm.layers.AttentionRope.forward, _ATTENTION_ROPE),),
+    ),
+    Rule(
+        timm.layers.AttentionPoolLatent,
+        "flash_attention",
+        _onto(AttentionPoolLatent),
+        ((timm.layers.AttentionPoolLatent.forward, _POOL),),
+    ),
 ]

@@ -1,0 +1,114 @@
+"""What modules compute: a vitkit op where one of its kernels can run, torch's own function where
+none can (float64, an odd head dim, a device or an install without kernels).
+
+The attribute ``vitkit_backend`` of a module (``vitkit.patch`` sets it) names its backend. A backend
+other than ``"auto"`` is taken at its word: if it cannot run, the op says why.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from vitkit import _library, backends
+from vitkit._checks import NATIVE_FLOATING, name_of
+from vitkit.ops import flash_attention as _attention
+from vitkit.ops import group_norm_silu as _norm
+
+_reasons: dict[tuple[str, str, torch.dtype, int | None], str | None] = {}
+
+
+@_library._constant_when_traced
+def why_no_kernel(
+    op: str, device_type: str, dtype: torch.dtype, head_dim: int | None = None
+) -> str | None:
+    """None if a kernel of ``op`` can run on such tensors, otherwise the reason that none can."""
+    key = (op, device_type, dtype, head_dim)
+    if key not in _reasons:
+        _reasons[key] = _why_no_kernel(*key)
+    return _reasons[key]
+
+
+def _why_no_kernel(
+    op: str, device_type: str, dtype: torch.dtype, head_dim: int | None
+) -> str | None:
+    if dtype not in NATIVE_FLOATING:
+        return f"kernels take float32, bfloat16 and float16, not {name_of(dtype)}"
+    if head_dim is not None and (head_dim % 8 or head_dim > _attention.MAX_HEAD_DIM):
+        limit = _attention.MAX_HEAD_DIM
+        return f"kernels take head dims that are a multiple of 8 up to {limit}, not {head_dim}"
+    if device_type == "meta":
+        return None
+    kernels = [b for b in backends.ORDER.get(device_type, ()) if b != "reference"]
+    reasons = {b: backends.why_not_device(op, b, device_type) for b in kernels}
+    if None in reasons.values():
+        return None
+    listed = "; ".join(f"{b}: {r}" for b, r in reasons.items())
+    return f"no kernel can run on {device_type} ({listed or 'vitkit has none for it'})"
+
+
+def _backend(module: torch.nn.Module) -> str:
+    return getattr(module, "vitkit_backend", "auto")
+
+
+def _on_torch(
+    op: str, module: torch.nn.Module, x: torch.Tensor, head_dim: int | None = None
+) -> bool:
+    if _backend(module) != "auto" or backends.DEFAULT != "auto":
+        return False
+    return why_no_kernel(op, x.device.type, x.dtype, head_dim) is not None
+
+
+def attend(
+    module: torch.nn.Module,
+    q: torch.Tensor,  # [B, Nq, H, D]
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """``vitkit.flash_attention`` (bias=mask) on the backend of ``module``: [B, Nq, H, D]."""
+    if _on_torch(_attention.NAME, module, q, q.shape[-1]):
+        heads_first = (t.transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(
+            *heads_first, attn_mask=mask, is_causal=causal, scale=scale
+        )
+        return out.transpose(1, 2)
+    return _attention.flash_attention(
+        q, k, v, bias=mask, causal=causal, scale=scale, backend=_backend(module)
+    )  # type: ignore[return-value]
+
+
+def group_norm_silu(
+    norm: torch.nn.GroupNorm,
+    x: torch.Tensor,
+    *,
+    activation: str | None = "silu",
+    add: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``vitkit.group_norm_silu`` with the parameters, and on the backend, of ``norm``."""
+    if not _on_torch(_norm.NAME, norm, x):
+        return _norm.group_norm_silu(
+            x,
+            norm.num_groups,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            activation=activation,
+            add=add,
+            scale=scale,
+            shift=shift,
+            backend=_backend(norm),
+        )
+    per_channel = (*x.shape[:2], *(1,) * (x.dim() - 2))
+    if add is not None:
+        x = x + add.view(per_channel)
+    x = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    if scale is not None:
+        x = x * (1 + scale.view(per_channel))
+    if shift is not None:
+        x = x + shift.view(per_channel)
+    return F.silu(x) if activation == "silu" else x
