@@ -70,10 +70,8 @@ def attend(
 ) -> torch.Tensor:
     """``vitkit.flash_attention`` (bias=mask) on the backend of ``module``: [B, Nq, H, D]."""
     if _on_torch(_attention.NAME, module, q, q.shape[-1]):
-        heads_first = (t.transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(
-            *heads_first, attn_mask=mask, is_causal=causal, scale=scale
-        )
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
         return out.transpose(1, 2)
     return _attention.flash_attention(
         q, k, v, bias=mask, causal=causal, scale=scale, backend=_backend(module)

@@ -33,14 +33,22 @@ def _structure(node: Any) -> Any:
     return [type(node).__name__, *fields]
 
 
+def source_of(function: Callable[..., Any]) -> str | None:
+    """Its source, dedented; None for built-in and generated functions."""
+    try:
+        return textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):
+        return None
+
+
 @cache
 def fingerprint(function: Callable[..., Any]) -> str | None:
     """Identifies what ``function`` does: comments, layout, docstring and annotations do not count.
     The same for every Python version; None if there is no source to read."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, TypeError, SyntaxError):
+    source = source_of(function)
+    if source is None:
         return None
+    tree = ast.parse(source).body[0]
     assert isinstance(tree, ast.FunctionDef)
     body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
     text = repr([_structure(tree.args), _structure(body)])
@@ -60,24 +68,18 @@ def unknown(function: Callable[..., Any], known: dict[str, str]) -> str | None:
     )
 
 
-def is_followed(function: Callable[..., Any], first: str, second: str) -> bool:
-    """Whether ``function`` calls ``self.<second>`` once, as the very next thing after its one use
-    (or one per branch) of ``self.<first>``, on the same variable."""
-    try:
-        source = textwrap.dedent(inspect.getsource(function))
-    except (OSError, TypeError):
-        return False
-    lines = [s for line in source.splitlines() if (s := line.split("#")[0].strip())]
+def is_followed(source: str | None, first: str, second: str) -> bool:
+    """Whether a function calls ``self.<second>`` once, as the very next thing after its one use (or
+    one per branch) of ``self.<first>``, on the same variable."""
+    lines = [s for line in (source or "").splitlines() if (s := line.split("#")[0].strip())]
     uses = [i for i, line in enumerate(lines) if f"self.{first}(" in line]
     then = [i for i, line in enumerate(lines) if f"self.{second}(" in line]
     if not uses or then != [uses[-1] + 1]:
         return False
-    target = lines[then[0]].split("=")[0].strip()
-    branches_only = all(
-        lines[i].startswith((f"{target} = self.{first}(", "else:", "elif "))
-        for i in range(uses[0], then[0])
-    )
-    return branches_only and lines[then[0]] == f"{target} = self.{second}({target})"
+    x = lines[then[0]].split("=")[0].strip()
+    branches = (f"{x} = self.{first}(", "else:", "elif ")
+    only_branches = all(line.startswith(branches) for line in lines[uses[0] : then[0]])
+    return only_branches and lines[then[0]] == f"{x} = self.{second}({x})"
 
 
 def main(arguments: list[str]) -> None:

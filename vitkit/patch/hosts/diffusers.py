@@ -7,6 +7,8 @@ later (IP-Adapter, slicing, fused projections) simply runs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers.models import attention_processor as host
 from diffusers.models import resnet
@@ -16,7 +18,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from vitkit import nn
 from vitkit.patch.rules import Change, Replacement, Rule, is_group_norm, swap_class, watched
-from vitkit.patch.source import is_followed
+from vitkit.patch.source import is_followed, source_of
 
 # What the replacements repeat, in every version whose source they were compared with.
 _SINCE_035 = "0.35 to 0.42"
@@ -122,7 +124,7 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
         return _divided(input_tensor + hidden_states, self.output_scale_factor)
 
 
-def _why_not_block(block: resnet.ResnetBlock2D) -> str | None:
+def _why_not_block(block: Any) -> str | None:
     """The reason a block's norms and activation cannot be computed together, now."""
     if type(block.nonlinearity) is not torch.nn.SiLU:
         return f"its activation is {type(block.nonlinearity).__name__}, not SiLU"
@@ -136,6 +138,8 @@ def _why_not_block(block: resnet.ResnetBlock2D) -> str | None:
 class GroupNormBeforeSiLU(torch.nn.GroupNorm):
     """A GroupNorm that computes the activation after it too, while that is a SiLUInNorm."""
 
+    vitkit_partner: Any  # (activation,): in a tuple it is no submodule and has no state_dict key
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         fused = _are_fused(self, self.vitkit_partner[0])
         return nn.group_norm_silu(self, input, activation="silu" if fused else None)
@@ -143,6 +147,8 @@ class GroupNormBeforeSiLU(torch.nn.GroupNorm):
 
 class SiLUInNorm(torch.nn.SiLU):
     """A SiLU whose work the normalisation before it does, while that is a GroupNormBeforeSiLU."""
+
+    vitkit_partner: Any  # (norm,)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return input if _are_fused(self.vitkit_partner[0], self) else super().forward(input)
@@ -154,7 +160,7 @@ def _are_fused(norm: torch.nn.Module, activation: torch.nn.Module) -> bool:
     return pair and not watched(norm, activation)
 
 
-def _attention(module: host.Attention) -> Replacement | str:
+def _attention(module: Any) -> Replacement | str:
     if type(module.processor) not in PROCESSORS:
         return f"its processor is {type(module.processor).__name__}"
     if getattr(module, "inner_kv_dim", module.inner_dim) != module.inner_dim:
@@ -164,7 +170,7 @@ def _attention(module: host.Attention) -> Replacement | str:
     return reason or Replacement("flash_attention", (swap_class(module, Attention),))
 
 
-def _resnet_block(module: resnet.ResnetBlock2D) -> Replacement | str:
+def _resnet_block(module: Any) -> Replacement | str:
     reason = _why_not_block(module)
     if reason:
         return reason
@@ -177,7 +183,7 @@ def _resnet_block(module: resnet.ResnetBlock2D) -> Replacement | str:
     )
 
 
-def _norm_out(module: torch.nn.Module) -> Replacement | str | None:
+def _norm_out(module: Any) -> Replacement | str | None:
     norm, activation = module.conv_norm_out, module.conv_act
     if norm is None:
         return None
@@ -185,7 +191,7 @@ def _norm_out(module: torch.nn.Module) -> Replacement | str | None:
         return f"its conv_norm_out is {type(norm).__name__}, not torch.nn.GroupNorm"
     if type(activation) is not torch.nn.SiLU:
         return f"its conv_act is {type(activation).__name__}, not SiLU"
-    if not is_followed(type(module).forward, "conv_norm_out", "conv_act"):
+    if not is_followed(source_of(type(module).forward), "conv_norm_out", "conv_act"):
         return "its forward does not call conv_act right after conv_norm_out"
     if sum(m is activation for _, m in module.named_modules(remove_duplicate=False)) > 1:
         return "its conv_act is used in several places"
@@ -193,7 +199,7 @@ def _norm_out(module: torch.nn.Module) -> Replacement | str | None:
         return "its conv_norm_out or conv_act has hooks, which a fused call would not run"
     changes = (
         swap_class(norm, GroupNormBeforeSiLU),
-        Change(norm, "vitkit_partner", (activation,)),  # a tuple: no submodule, no state_dict key
+        Change(norm, "vitkit_partner", (activation,)),
         swap_class(activation, SiLUInNorm),
         Change(activation, "vitkit_partner", (norm,)),
     )

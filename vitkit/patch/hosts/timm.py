@@ -3,6 +3,8 @@ pooling."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm.layers
 import torch
 from timm.layers import apply_rot_embed_cat
@@ -28,7 +30,7 @@ _ATTENTION_ROPE = {
 _POOL = {"9f9cf25c24": "1.0.20 to 1.0.25", "d5fef5d19d": "1.0.26 to 1.0.31"}
 
 
-def _needs_host(m, attn_mask: torch.Tensor | None, is_causal: bool) -> bool:
+def _needs_host(m: Any, attn_mask: torch.Tensor | None, is_causal: bool) -> bool:
     """Whether this call must show the attention weights: to dropout, or to a hook on it. With both
     a mask and is_causal, timm lets one win on one of its two paths and refuses on the other."""
     dropping = m.training and m.attn_drop.p > 0
@@ -90,7 +92,7 @@ class AttentionPoolLatent(timm.layers.AttentionPoolLatent):
 
 
 def _onto(twin: type):
-    def plan(module: torch.nn.Module) -> Replacement | str:
+    def plan(module: Any) -> Replacement | str:
         reason = _why_not_head(module)
         if reason:
             return reason
@@ -101,7 +103,7 @@ def _onto(twin: type):
     return plan
 
 
-def _why_not_head(module) -> str | None:
+def _why_not_head(module: Any) -> str | None:
     if module.scale != module.head_dim**-0.5:
         return f"its scale is {module.scale}, not head_dim ** -0.5"
     return nn.why_no_kernel("flash_attention", "meta", torch.float32, module.head_dim)
