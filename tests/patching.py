@@ -63,8 +63,15 @@ def assert_same_numbers(model, inputs, kwargs=None, *, terms=1024):
         with KernelCalls() as calls:
             actual = run(model, inputs, kwargs)
     assert actual.keys() == eager.keys() == exact.keys()
-    for name in exact:
-        assert_parity(name, actual[name], eager[name], exact[name], terms=terms)
+    largest = max(t.abs().max().item() for n, t in exact.items() if n.startswith("d "))
+    for name, truth in exact.items():
+        if name.startswith("d ") and truth.abs().max().item() < 1e-10 * largest:
+            # Zero in exact arithmetic, as the gradient of a bias of the keys is: what is left is
+            # rounding and has no scale of its own.
+            allowed = terms**0.5 * torch.finfo(torch.float32).eps * largest
+            assert actual[name].abs().max().item() <= allowed, name
+        else:
+            assert_parity(name, actual[name], eager[name], truth, terms=terms)
     return calls
 
 
