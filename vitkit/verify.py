@@ -176,7 +176,9 @@ def _to_double(values: Any) -> Any:
 
 def _longest_sum(model: torch.nn.Module) -> int:
     """Terms of the longest sum any layer computes: the rounding a correct model may show."""
-    return max((p.numel() // p.shape[0] for p in model.parameters() if p.dim() > 1), default=1)
+    layers = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
+    weights = [m.weight for m in model.modules() if isinstance(m, layers)]
+    return max((w.numel() // w.shape[0] for w in weights if w.numel()), default=1)
 
 
 def _compare(
