@@ -275,8 +275,9 @@ def group_norm_silu(
         >>> import torch, vitkit
         >>> x = torch.randn(2, 32, 8, 8)
         >>> y = vitkit.group_norm_silu(x, 8, torch.ones(32), torch.zeros(32))
-        >>> torch.allclose(y, torch.nn.functional.silu(torch.nn.functional.group_norm(x, 8)),
-        atol=1e-5) True
+        >>> want = torch.nn.functional.silu(torch.nn.functional.group_norm(x, 8))
+        >>> torch.allclose(y, want, atol=1e-5)
+        True
     """
     silu = activation == "silu"
     options = (weight, bias, add, scale, shift)
