@@ -57,7 +57,7 @@ class Tasks {
     const int64_t group_heads = in_.heads / heads_;
     problem->batch = group / group_heads * batches_ + index / heads_;
     problem->head = group % group_heads * heads_ + index % heads_;
-    problem->bias_slot = copy;
+    problem->copy = copy;
     return true;
   }
 
@@ -86,7 +86,7 @@ struct BiasGrad {
     copy_floats = bias.size(0) * batch;
     view.accumulate = !all;
     view.type = all ? element_type(bias) : ElementType::f32;
-    view.slot_stride = copy_floats;
+    view.copy_stride = copy_floats;
     view.batch_stride = bias.size(0) == 1 ? 0 : batch;
     view.head_stride = bias.size(1) == 1 ? 0 : head;
     view.query_stride = bias.size(2) == 1 ? 0 : row;
@@ -140,19 +140,19 @@ void run_tasks(const FlashBackwardKernels& kernels, const FlashBackward& p, cons
     return grids[grids.size() == 1 ? 0 : size_t(b)];
   };
   const size_t scratch = size_t(kernels.scratch_bytes(p));
-  const int64_t slot = kernels.slot_floats(p);
+  const int64_t floats = kernels.sums_floats(p);
   // Whole tasks per thread, or lanes of all tasks side by side: whichever leaves fewer cells to the
   // busiest thread.
   const bool split =
       lanes > 1 && rounds(tasks.count() * lanes, threads) < rounds(tasks.count(), threads) * lanes;
   const int64_t slots = split ? tasks.count() : std::min(threads, tasks.count());
-  Tensor sums = torch::stable::new_empty(like, {slots * slot}, ScalarType::Float);
-  auto* slot_data = static_cast<float*>(sums.mutable_data_ptr());
+  Tensor sums = torch::stable::new_empty(like, {slots * floats}, ScalarType::Float);
+  auto* sums_data = static_cast<float*>(sums.mutable_data_ptr());
 
   if (!split) {
     return run_items(tasks.count(), threads, scratch,
                      [&](int64_t task, void* memory, int64_t thread) {
-                       BackwardProblem at{0, 0, slot_data + thread * slot, 0};
+                       BackwardProblem at{0, 0, sums_data + thread * floats, 0};
                        for (int64_t m = 0; tasks.at(task, m, &at); ++m)
                          for (int64_t step = 0; step < grid_of(at.batch).steps(); ++step)
                            for (int64_t lane = 0; lane < grid_of(at.batch).lanes(); ++lane)
@@ -163,7 +163,7 @@ void run_tasks(const FlashBackwardKernels& kernels, const FlashBackward& p, cons
     for (int64_t step = 0; step < steps; ++step)
       run_items(tasks.count() * lanes, threads, scratch, [&](int64_t item, void* memory, int64_t) {
         const int64_t task = item / lanes;
-        BackwardProblem at{0, 0, slot_data + task * slot, 0};
+        BackwardProblem at{0, 0, sums_data + task * floats, 0};
         if (tasks.at(task, m, &at)) kernels.cell(p, at, step, item % lanes, memory);
       });
 }

@@ -12,7 +12,7 @@ struct BiasGradView {
   char* data;
   ElementType type;
   bool accumulate;
-  int64_t slot_stride, batch_stride, head_stride, query_stride, key_stride;
+  int64_t copy_stride, batch_stride, head_stride, query_stride, key_stride;
 };
 
 // The score matrix of a problem is cut into query_ranges x key_ranges cells, from its shape alone.
@@ -41,17 +41,17 @@ struct FlashBackward {
   bool fine;               // few problems: smaller cells, for more lanes
 };
 
-// One head of one batch element or sequence, with float32 sums `slot` (slot_floats of them) that
-// stay with it for all its cells. bias_slot selects one of several copies of dbias.
+// One head of one batch element or sequence, with float32 sums (sums_floats of them, aligned to a
+// cache line) that stay with it for all its cells. `copy` selects one of several copies of dbias.
 struct BackwardProblem {
   int64_t batch, head;
-  float* slot;
-  int64_t bias_slot;
+  float* sums;
+  int64_t copy;
 };
 
 struct FlashBackwardKernels {
   BackwardGrid (*grid)(const FlashBackward& p, int64_t nq, int64_t nk);
-  int64_t (*slot_floats)(const FlashBackward& p);
+  int64_t (*sums_floats)(const FlashBackward& p);
   int64_t (*scratch_bytes)(const FlashBackward& p);
   void (*cell)(const FlashBackward& p, const BackwardProblem& problem, int64_t step, int64_t lane,
                void* scratch);

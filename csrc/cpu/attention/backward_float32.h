@@ -1,282 +1,221 @@
-// Attention gradient in float32 arithmetic, for any element type, token map, score term and sink.
-//
-// A cell is a range of queries against a range of keys. Its keys and values are packed once; blocks
-// of queries then pass by, and all five products happen while a block's scores are in cache:
-//   S = Q K^T, dP = dO V^T, P = exp(S - lse), dS = P (dP - delta), dV += P^T dO, dK += dS^T Q, dQ
-//   += dS K
-// with delta = rowsum(dO O) - grad_lse. Sums over cells are kept in float32 per problem.
+// The arithmetic of the attention gradient in float32, for any element type.
 #pragma once
 
-#include "attention/arena.h"
-#include "attention/backward_bias.h"
+#include "attention/backward.h"
 #include "attention/pack.h"
-#include "attention/score_term.h"
-#include "attention/softmax.h"
 
 namespace vitkit::cpu::VITKIT_ISA {
 
-// Rows of P and dS in one block: they are the inner dimension of two products, and both blocks
-// share the L2 cache with the packed keys and the sums.
-constexpr int64_t kGradBlockRows = (72 + kTileRows - 1) / kTileRows * kTileRows;
-
-// Keys of a cell: three packings of them fit a 512 KiB L2 cache. Each row of Q and dO is packed
-// once per cell, which costs about as much as 30 keys.
-constexpr int64_t kCellBytes = 384 << 10, kMinCellKeys = 96, kMaxCellKeys = 512,
-                  kFineCellKeys = 128;
-constexpr int64_t kQueriesPerCell = 2;  // times the keys: packing the keys is paid for more often
-
-VITKIT_INLINE int64_t columns_padded(int64_t head_dim) { return round_up(head_dim, kLanes); }
-
-// Float32 sums of one problem. Rows up to an even number may be written.
-struct GradSums {
-  int64_t stride;
-  float *dq, *dk, *dv;
-  int64_t floats;
-
-  GradSums(float* base, int64_t head_dim, int64_t nq, int64_t nk)
-      : stride(columns_padded(head_dim)) {
-    dq = base;
-    dk = dq + round_rows(nq) * stride;
-    dv = dk + round_rows(nk) * stride;
-    floats = (round_rows(nq) + 2 * round_rows(nk)) * stride;
-  }
-};
-
 template <typename T>
-struct GradWorkspace {
-  int64_t head_dim, row_stride, score_stride;
-  float *k_transposed, *v_transposed, *k, *q, *grad, *q_panels, *grad_panels, *p, *ds, *shift,
-      *delta;
-  T* row;
-  int64_t bytes;
-
-  GradWorkspace(char* base, int64_t head_dim, int64_t keys) : head_dim(head_dim) {
-    row_stride = columns_padded(head_dim);
-    score_stride = round_up(keys, kPanel) + kPanel;
-    Arena arena{base};
-    k_transposed = arena.take<float>(panels_size(keys, head_dim));
-    v_transposed = arena.take<float>(panels_size(keys, head_dim));
-    k = arena.take<float>(panels_size(head_dim, keys));
-    q = arena.take<float>(round_rows(kGradBlockRows) * row_stride);
-    grad = arena.take<float>(round_rows(kGradBlockRows) * row_stride);
-    q_panels = arena.take<float>(panels_size(head_dim, kGradBlockRows));
-    grad_panels = arena.take<float>(panels_size(head_dim, kGradBlockRows));
-    p = arena.take<float>(round_rows(kGradBlockRows) * score_stride);
-    ds = arena.take<float>(round_rows(kGradBlockRows) * score_stride);
-    shift = arena.take<float>(kGradBlockRows);
-    delta = arena.take<float>(kGradBlockRows);
-    row = arena.take<T>(head_dim);
-    bytes = arena.next - base;
-  }
-};
-
-template <typename T, typename Map, typename Term, typename Sink>
-class BackwardFloat32 {
+class Float32Gradient {
  public:
-  BackwardFloat32(const Map& map, const Term& term, const Sink& sink, float scale,
-                  const GradWorkspace<T>& workspace, const GradSums& sums)
-      : map_(map), term_(term), sink_(sink), scale_(scale), w_(workspace), sums_(sums) {}
+  using Element = T;
+  // Rows of P and dS in one block: the inner dimension of two products.
+  static constexpr int64_t kBlockRows = (72 + kTileRows - 1) / kTileRows * kTileRows;
+  static constexpr int64_t kRowStep = kTileRows;
+  static constexpr int64_t kKeyStep = kPanel;
 
-  // Queries [q0, q0 + nq) against keys [k0, k0 + nk).
-  void cell(int64_t q0, int64_t nq, int64_t k0, int64_t nk) const {
-    if (nk <= 0 || (map_.causal && q0 + nq <= k0)) return;
-    pack_transposed<T>([this](int64_t j) { return map_.k_row(j); }, k0, nk, w_.head_dim,
-                       w_.k_transposed);
-    pack_transposed<T>([this](int64_t j) { return map_.v_row(j); }, k0, nk, w_.head_dim,
-                       w_.v_transposed);
-    pack_panels<T>([this](int64_t j) { return map_.k_row(j); }, k0, nk, w_.head_dim, w_.k);
-    const int64_t blocks = (nq + kGradBlockRows - 1) / kGradBlockRows;
-    const int64_t block_rows = round_up((nq + blocks - 1) / blocks, kTileRows);
-    for (int64_t r = 0; r < nq; r += block_rows) {
-      const Block b{q0 + r, nq - r < block_rows ? nq - r : block_rows, k0, nk};
-      if (map_.causal && b.q0 + b.rows <= k0) continue;
-      pack_queries(b);
-      const int64_t next = r + b.rows, after = next + block_rows;
-      Ahead ahead{q0 + next, q0 + (after < nq ? after : nq)};
-      products(b, w_.q, w_.k_transposed, w_.p, ahead);
-      products(b, w_.grad, w_.v_transposed, w_.ds, ahead);
-      differentiate(b);
-      add_to_keys(b);
-      add_to_queries(b);
+  // Three packings of the keys fit a 512 KiB L2 cache. Each row of Q and dO is packed once per cell, which costs about as
+  // much as 30 keys.
+  static int64_t most_keys(int64_t head_dim) {
+    constexpr int64_t kBytes = 384 << 10, kFewest = 96, kMost = 512;
+    const int64_t keys = kBytes / (3 * int64_t(sizeof(float)) * head_dim);
+    return keys < kFewest ? kFewest : (keys > kMost ? kMost : keys);
+  }
+
+  // Rows up to an even number may be written.
+  static int64_t sums_floats(int64_t head_dim, int64_t nq, int64_t nk) {
+    return (round_rows(nq) + 2 * round_rows(nk)) * round_up(head_dim, kLanes);
+  }
+
+  Float32Gradient(Arena& arena, int64_t head_dim, int64_t keys)
+      : head_dim_(head_dim),
+        row_stride_(round_up(head_dim, kLanes)),
+        score_stride_(round_up(keys, kPanel) + kPanel),  // not a power of two: rows would share cache sets
+        k_transposed_(arena.take<float>(panels_size(keys, head_dim))),
+        v_transposed_(arena.take<float>(panels_size(keys, head_dim))),
+        k_(arena.take<float>(panels_size(head_dim, keys))),
+        q_(arena.take<float>(kBlockRows * row_stride_)),
+        grad_(arena.take<float>(kBlockRows * row_stride_)),
+        q_panels_(arena.take<float>(panels_size(head_dim, kBlockRows))),
+        grad_panels_(arena.take<float>(panels_size(head_dim, kBlockRows))),
+        p_(arena.take<float>(kBlockRows * score_stride_)),
+        ds_(arena.take<float>(kBlockRows * score_stride_)),
+        constants_(arena.take<RowConstants>(kBlockRows)),
+        row_(arena.take<T>(head_dim)) {
+    static_assert(kBlockRows % 2 == 0 && kRowStep % 2 == 0, "rows of a product come in twos");
+  }
+
+  void attach(float* sums, int64_t nq, int64_t nk) {
+    dq_ = sums;
+    dk_ = dq_ + round_rows(nq) * row_stride_;
+    dv_ = dk_ + round_rows(nk) * row_stride_;
+  }
+
+  void clear_queries(int64_t first, int64_t n) const { clear(dq_, first, n); }
+  void clear_keys(int64_t first, int64_t n) const {
+    clear(dk_, first, n);
+    clear(dv_, first, n);
+  }
+
+  template <typename Map>
+  void write_queries(const Map& map, int64_t first, int64_t n, float scale) const {
+    for (int64_t i = first; i < first + n; ++i) write_row(dq_ + i * row_stride_, head_dim_, scale, map.dq_row(i));
+  }
+  template <typename Map>
+  void write_keys(const Map& map, int64_t first, int64_t n, float scale) const {
+    for (int64_t j = first; j < first + n; ++j) {
+      write_row(dk_ + j * row_stride_, head_dim_, scale, map.dk_row(j));
+      write_row(dv_ + j * row_stride_, head_dim_, 1.f, map.dv_row(j));
     }
   }
 
-  void clear_queries(int64_t q0, int64_t nq) const { clear(sums_.dq, q0, nq); }
-  void clear_keys(int64_t k0, int64_t nk) const {
-    clear(sums_.dk, k0, nk);
-    clear(sums_.dv, k0, nk);
+  template <typename Map>
+  void pack_keys(const Map& map, int64_t first, int64_t n) const {
+    pack_transposed<T>([&](int64_t j) { return map.k_row(j); }, first, n, head_dim_, k_transposed_);
+    pack_transposed<T>([&](int64_t j) { return map.v_row(j); }, first, n, head_dim_, v_transposed_);
+    pack_panels<T>([&](int64_t j) { return map.k_row(j); }, first, n, head_dim_, k_);
   }
-  void write_queries(int64_t q0, int64_t nq) const {
-    for (int64_t i = q0; i < q0 + nq; ++i)
-      write_row(sums_.dq + i * sums_.stride, w_.head_dim, scale_, map_.dq_row(i));
-  }
-  void write_keys(int64_t k0, int64_t nk) const {
-    for (int64_t j = k0; j < k0 + nk; ++j) {
-      write_row(sums_.dk + j * sums_.stride, w_.head_dim, scale_, map_.dk_row(j));
-      write_row(sums_.dv + j * sums_.stride, w_.head_dim, 1.f, map_.dv_row(j));
-    }
+
+  template <typename Map, typename Term, typename Sink>
+  void block(const Map& map, const Term& term, const Sink& sink, GradBlock b, float scale) const {
+    pack_queries(map, b);
+    products(map, b, q_, k_transposed_, p_);
+    products(map, b, grad_, v_transposed_, ds_);
+    differentiate(map, term, sink, b, scale);
+    add_to_keys(map, b);
+    add_to_queries(map, b);
   }
 
  private:
-  struct Block {
-    int64_t q0, rows, k0, nk;
-  };
-  // Queries whose rows are fetched while a block is multiplied: each lies in pages of its own,
-  // which is too far apart for the hardware to foresee.
-  struct Ahead {
-    int64_t next, end;
-  };
-
   void clear(float* sums, int64_t first, int64_t n) const {
-    std::memset(sums + first * sums_.stride, 0,
-                size_t(round_rows(n) * sums_.stride) * sizeof(float));
-  }
-
-  // How many of the block's keys row r of the block attends.
-  int64_t visible(const Block& b, int64_t r) const {
-    if (!map_.causal) return b.nk;
-    const int64_t keys = b.q0 + r + 1 - b.k0;
-    return keys < 0 ? 0 : (keys < b.nk ? keys : b.nk);
+    std::memset(sums + first * row_stride_, 0, size_t(round_rows(n) * row_stride_) * sizeof(float));
   }
   static int64_t tile_rows(int64_t left) { return left < kTileRows ? left : int64_t(kTileRows); }
 
-  // A row of 0 scores and delta 0 with an infinite shift gives P = dS = 0: a query that attends
-  // nothing.
-  void pack_queries(const Block& b) const {
+  template <typename Map>
+  void pack_queries(const Map& map, const GradBlock& b) const {
     for (int64_t r = 0; r < b.rows; ++r) {
-      const int64_t i = b.q0 + r;
-      pack_both(map_.q_row(i), r, b.rows, w_.q, w_.q_panels);
-      const T* grad = map_.grad_row(i, w_.row);
-      pack_both(grad, r, b.rows, w_.grad, w_.grad_panels);
-      const float lse = *map_.lse(i);
-      w_.shift[r] = lse == -INFINITY ? INFINITY : lse * kLog2e;
-      w_.delta[r] = lse == -INFINITY ? 0.f : dot_out(r, map_.out_row(i)) - map_.grad_lse(i);
+      const T* grad = map.grad_row(b.q0 + r, row_);
+      pack_both(map.q_row(b.q0 + r), r, b.rows, q_, q_panels_);
+      pack_both(grad, r, b.rows, grad_, grad_panels_);
+      constants_[r] = row_constants(map, b.q0 + r, grad, head_dim_);
     }
-    if (b.rows % 2) {
-      std::memset(w_.q + b.rows * w_.row_stride, 0, size_t(w_.row_stride) * sizeof(float));
-      std::memset(w_.grad + b.rows * w_.row_stride, 0, size_t(w_.row_stride) * sizeof(float));
-    }
+    if (b.rows % 2 == 0) return;
+    std::memset(q_ + b.rows * row_stride_, 0, size_t(row_stride_) * sizeof(float));
+    std::memset(grad_ + b.rows * row_stride_, 0, size_t(row_stride_) * sizeof(float));
   }
 
   // One row as a left operand (row-major) and as row r of a right operand (panels of `rows` rows).
   void pack_both(const T* from, int64_t r, int64_t rows, float* row_major, float* panels) const {
-    for (int64_t d = 0; d < w_.row_stride; d += kLanes) {
-      const int64_t left = w_.head_dim - d;
+    for (int64_t d = 0; d < row_stride_; d += kLanes) {
+      const int64_t left = head_dim_ - d;
       const f32v x = load_partial(from + d, int(left < kLanes ? left : kLanes));
-      store(row_major + r * w_.row_stride + d, x);
+      store(row_major + r * row_stride_ + d, x);
       store(panels + d / kPanel * kPanel * rows + r * kPanel + d % kPanel, x);
     }
   }
 
-  float dot_out(int64_t r, const T* out) const {
-    const float* grad = w_.grad + r * w_.row_stride;
-    f32v sum = {};
-    for (int64_t d = 0; d < w_.head_dim; d += kLanes) {
-      const int64_t left = w_.head_dim - d;
-      sum = fma(load(grad + d), load_partial(out + d, int(left < kLanes ? left : kLanes)), sum);
-    }
-    return reduce_add(sum);
-  }
-
   // to[r][j] = rows[r] . keys[j]
-  void products(const Block& b, const float* rows, const float* keys_transposed, float* to,
-                Ahead& ahead) const {
-    const int64_t d = w_.head_dim;
+  template <typename Map>
+  void products(const Map& map, GradBlock& b, const float* rows, const float* keys_transposed, float* to) const {
     for (int64_t p = 0; p < num_panels(b.nk); ++p) {
       const int vecs = panel_vecs(b.nk, p);
       for (int64_t r = 0; r < b.rows; r += kTileRows) {
         const int64_t tile = tile_rows(b.rows - r);
-        if (visible(b, r + tile - 1) <= p * kPanel) continue;
-        if (ahead.next < ahead.end) map_.prefetch_query(ahead.next++);
-        gemm_rows<false, Epilogue::overwrite>(tile, vecs, d, rows + r * w_.row_stride,
-                                              w_.row_stride, keys_transposed + p * kPanel * d,
-                                              to + r * w_.score_stride + p * kPanel,
-                                              w_.score_stride);
+        if (visible(map, b, r + tile - 1) <= p * kPanel) continue;
+        b.fetch_ahead(map);
+        gemm_rows<false, Epilogue::overwrite>(tile, vecs, head_dim_, rows + r * row_stride_, row_stride_,
+                                              keys_transposed + p * kPanel * head_dim_,
+                                              to + r * score_stride_ + p * kPanel, score_stride_);
       }
     }
   }
 
-  // P over S and dS over dP. Behind the last visible key of a row, zeros up to the end of the tile
-  // that the products below read with its neighbours.
-  void differentiate(const Block& b) const {
+  // P over S and dS over dP. Behind the last visible key of a row, zeros up to the end of the tile that the products
+  // below read with its neighbours.
+  template <typename Map, typename Term, typename Sink>
+  void differentiate(const Map& map, const Term& term, const Sink& sink, const GradBlock& b, float scale) const {
     for (int64_t r = 0; r < b.rows; ++r) {
-      const int64_t n = visible(b, r), end = n + kTileRows;
-      float* s = w_.p + r * w_.score_stride;
-      float* ds = w_.ds + r * w_.score_stride;
-      const int64_t padded = end < b.nk ? end : b.nk;
+      const int64_t n = visible(map, b, r), end = n + kTileRows;
+      const Row row{p_ + r * score_stride_, ds_ + r * score_stride_, n, end < b.nk ? end : b.nk, constants_[r]};
       if constexpr (Term::kNone)
-        differentiate_row(r, n, padded, s, ds, [](f32v x, int64_t, int) { return x; });
+        differentiate(row, scale * kLog2e, [](f32v x, int64_t, int) { return x; });
       else
-        term_.row(b.q0 + r, b.k0,
-                  [&](const auto& add) { differentiate_row(r, n, padded, s, ds, add); });
-      if constexpr (!Sink::kNone) sink_.add(b.q0 + r, b.k0, n, ds);
+        term.row(b.q0 + r, b.k0, [&](const auto& add) { differentiate(row, scale * kLog2e, add); });
+      if constexpr (!Sink::kNone) sink.add(b.q0 + r, b.k0, n, row.ds);
     }
   }
 
+  struct Row {
+    float *s, *ds;
+    int64_t n, padded;
+    RowConstants constants;
+  };
+
   template <typename Add>
-  void differentiate_row(int64_t r, int64_t n, int64_t padded, float* s, float* ds,
-                         const Add& add) const {
+  static void differentiate(const Row& row, float scale, const Add& add) {
     constexpr int kDegree = std::is_same_v<T, float> ? 5 : 4;
-    const f32v scale = splat(scale_ * kLog2e), shift = splat(w_.shift[r]),
-               delta = splat(w_.delta[r]);
+    const f32v c = splat(scale), delta = splat(row.constants.delta);
+    const f32v shift = splat(row.constants.shift), rest = splat(row.constants.shift_rest);
+    const auto shifted = [&](f32v x) { return std::is_same_v<T, float> ? x - shift - rest : x - shift; };
     int64_t j = 0;
-    for (; j + kLanes <= n; j += kLanes) {
-      const f32v p = exp2_softmax<kDegree>(add(load(s + j) * scale, j, kLanes) - shift);
-      store(s + j, p);
-      store(ds + j, p * (load(ds + j) - delta));
+    for (; j + kLanes <= row.n; j += kLanes) {
+      const f32v p = exp2_softmax<kDegree>(shifted(add(load(row.s + j) * c, j, kLanes)));
+      store(row.s + j, p);
+      store(row.ds + j, p * (load(row.ds + j) - delta));
     }
-    if (j < n) {
-      const f32v x = keep_lanes(add(load(s + j) * scale, j, int(n - j)) - shift, n - j, -INFINITY);
+    if (const int64_t left = row.n - j; left > 0) {
+      const f32v x = keep_lanes(shifted(add(load(row.s + j) * c, j, int(left))), left, -INFINITY);
       const f32v p = exp2_softmax<kDegree>(x);
-      store(s + j, p);
-      store(ds + j, keep_lanes(p * (load(ds + j) - delta), n - j, 0.f));
+      store(row.s + j, p);
+      store(row.ds + j, keep_lanes(p * (load(row.ds + j) - delta), left, 0.f));
       j += kLanes;
     }
-    for (; j < padded; j += kLanes) {
-      store(s + j, f32v{});
-      store(ds + j, f32v{});
+    for (; j < row.padded; j += kLanes) {
+      store(row.s + j, f32v{});
+      store(row.ds + j, f32v{});
     }
   }
 
   // dV += P^T dO and dK += dS^T Q
-  void add_to_keys(const Block& b) const {
+  template <typename Map>
+  void add_to_keys(const Map& map, const GradBlock& b) const {
     for (int64_t j = 0; j < b.nk; j += kTileRows) {
-      const int64_t hidden = map_.causal && b.k0 + j > b.q0 ? b.k0 + j - b.q0 : 0;
+      const int64_t hidden = map.causal && b.k0 + j > b.q0 ? b.k0 + j - b.q0 : 0;
       if (hidden >= b.rows) return;
-      add_to_key_tile(b, j, hidden, w_.p, w_.grad_panels, sums_.dv);
-      add_to_key_tile(b, j, hidden, w_.ds, w_.q_panels, sums_.dk);
+      add_to_key_tile(b, j, hidden, p_, grad_panels_, dv_);
+      add_to_key_tile(b, j, hidden, ds_, q_panels_, dk_);
     }
   }
 
   // The tile at key j, which no row before `hidden` attends.
-  void add_to_key_tile(const Block& b, int64_t j, int64_t hidden, const float* scores,
-                       const float* panels, float* sums) const {
-    for (int64_t p = 0; p < num_panels(w_.head_dim); ++p)
-      gemm_rows<true, Epilogue::accumulate>(
-          tile_rows(b.nk - j), panel_vecs(w_.head_dim, p), b.rows - hidden,
-          scores + hidden * w_.score_stride + j, w_.score_stride,
-          panels + (p * b.rows + hidden) * kPanel, sums + (b.k0 + j) * sums_.stride + p * kPanel,
-          sums_.stride);
+  void add_to_key_tile(const GradBlock& b, int64_t j, int64_t hidden, const float* scores, const float* panels,
+                       float* sums) const {
+    for (int64_t p = 0; p < num_panels(head_dim_); ++p)
+      gemm_rows<true, Epilogue::accumulate>(tile_rows(b.nk - j), panel_vecs(head_dim_, p), b.rows - hidden,
+                                            scores + hidden * score_stride_ + j, score_stride_,
+                                            panels + (p * b.rows + hidden) * kPanel,
+                                            sums + (b.k0 + j) * row_stride_ + p * kPanel, row_stride_);
   }
 
   // dQ += dS K
-  void add_to_queries(const Block& b) const {
-    for (int64_t p = 0; p < num_panels(w_.head_dim); ++p)
+  template <typename Map>
+  void add_to_queries(const Map& map, const GradBlock& b) const {
+    for (int64_t p = 0; p < num_panels(head_dim_); ++p)
       for (int64_t r = 0; r < b.rows; r += kTileRows) {
         const int64_t tile = tile_rows(b.rows - r);
-        gemm_rows<false, Epilogue::accumulate>(
-            tile, panel_vecs(w_.head_dim, p), visible(b, r + tile - 1), w_.ds + r * w_.score_stride,
-            w_.score_stride, w_.k + p * kPanel * b.nk,
-            sums_.dq + (b.q0 + r) * sums_.stride + p * kPanel, sums_.stride);
+        gemm_rows<false, Epilogue::accumulate>(tile, panel_vecs(head_dim_, p), visible(map, b, r + tile - 1),
+                                               ds_ + r * score_stride_, score_stride_, k_ + p * kPanel * b.nk,
+                                               dq_ + (b.q0 + r) * row_stride_ + p * kPanel, row_stride_);
       }
   }
 
-  const Map& map_;
-  const Term& term_;
-  const Sink& sink_;
-  const float scale_;
-  const GradWorkspace<T>& w_;
-  const GradSums& sums_;
+  int64_t head_dim_, row_stride_, score_stride_;
+  float *k_transposed_, *v_transposed_, *k_, *q_, *grad_, *q_panels_, *grad_panels_, *p_, *ds_;
+  RowConstants* constants_;
+  T* row_;
+  float *dq_ = nullptr, *dk_ = nullptr, *dv_ = nullptr;  // sums
 };
 
 }  // namespace vitkit::cpu::VITKIT_ISA
