@@ -261,7 +261,7 @@ def test_expanded_and_strided_gradients(device, backend):
 
 @every_dtype
 def test_one_key_has_no_score_gradient(device, backend, dtype):
-    """softmax of one score is 1: the gradient of the scores is a difference of two equal sums, which
+    """softmax of one score is 1: the gradient of the scores is a difference of equal sums, which
     torch's softmax gets to cancel exactly and a kernel that recomputes them to their rounding."""
     q, k, v = (t.requires_grad_() for t in make(device, dtype, nk=1))
     out = vitkit.flash_attention(q, k, v, backend=backend)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import pickle
 
@@ -283,9 +284,18 @@ def test_unknown_host_version_is_a_reason():
 @pytest.mark.parametrize("host", ["timm", "diffusers"])
 def test_the_installed_hosts_are_known(host):
     pytest.importorskip(host)
-    from vitkit.patch.engine import _rules_of
+    rules = importlib.import_module("vitkit.patch.engine")._rules_of(host)
+    assert [r.why_not() for r in rules] == [None] * len(rules)
 
-    assert [r.why_not() for r in _rules_of(host)] == [None] * len(_rules_of(host))
+
+def test_a_host_whose_rules_cannot_be_loaded_is_named(monkeypatch):
+    timm = pytest.importorskip("timm")
+    engine = importlib.import_module("vitkit.patch.engine")
+    engine._rules_of.cache_clear()
+    monkeypatch.setitem(engine.HOSTS, "timm", "absent")
+    report = vitkit.patch(timm.layers.Attention(16, 2))
+    engine._rules_of.cache_clear()
+    assert "the rules for timm cannot be loaded: No module named" in report.skipped[0].reason
 
 
 AFTER_BRANCHES = """

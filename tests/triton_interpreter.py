@@ -1,13 +1,17 @@
-"""Repairs of Triton's interpreter that the parity tests rely on. ``install()`` once, before the first launch.
+"""Repairs of Triton's interpreter that the parity tests rely on. ``install()`` once, before the
+first launch.
 
-Every fault was probed in 3.6, 3.7, 3.8 and 3.9; ``test_triton_kernels.py`` checks the repaired behaviour.
+Every fault was probed in 3.6, 3.7, 3.8 and 3.9; ``test_triton_kernels.py`` checks the repairs.
 
-* bfloat16 (all four): numpy has no such type, so the interpreter stores the bits as ``uint16`` and then computes on the
-  bits. ``+ * - < where sum cumsum dot`` and casts to integers give garbage without an error, and float32 -> bfloat16
-  truncates where every GPU rounds to nearest even. Here operands are widened to float32 and results rounded once.
-* Loop bounds and ``if`` on values (3.6 with numpy >= 2.4): one-element arrays no longer convert to ``int`` or ``bool``.
-* Speed (all four): a call of one jit function by another re-patches ``triton.language`` (1.6 ms), and each launch
-  copies every storage onto itself, which also touches all pages of tensors larger than memory.
+* bfloat16 (all four): numpy has no such type, so the interpreter stores the bits as ``uint16`` and
+  then computes on the bits. ``+ * - < where sum cumsum dot`` and casts to integers give garbage
+  without an error, and float32 -> bfloat16 truncates where every GPU rounds to nearest even. Here
+  operands are widened to float32 and results rounded once.
+* Loop bounds and ``if`` on values (3.6 with numpy >= 2.4): one-element arrays no longer convert to
+  ``int`` or ``bool``.
+* Speed (all four): a call of one jit function by another re-patches ``triton.language`` (1.6 ms),
+  and each launch copies every storage onto itself, which also touches all pages of tensors larger
+  than memory.
 """
 
 from __future__ import annotations
@@ -41,7 +45,8 @@ def _narrow(data: np.ndarray) -> Any:
 
 
 def _computed_in_float32(method: Any) -> Any:
-    """A builder method that sees float32 in place of bfloat16; a float32 result is rounded back, a bool is kept."""
+    """A builder method that sees float32 in place of bfloat16; a float32 result is rounded back, a
+    bool is kept."""
 
     def call(self: Any, *args: Any) -> Any:
         if not any(map(_is_bf16, args)):
@@ -53,7 +58,14 @@ def _computed_in_float32(method: Any) -> Any:
 
 
 def _repair_arithmetic(builder: Any) -> None:
-    for name in ("binary_op", "unary_op", "create_fma", "create_clampf", "create_rsqrt", "create_erf"):
+    for name in (
+        "binary_op",
+        "unary_op",
+        "create_fma",
+        "create_clampf",
+        "create_rsqrt",
+        "create_erf",
+    ):
         setattr(builder, name, _computed_in_float32(getattr(builder, name)))
     builder.get_bf16 = lambda self, value: _narrow(np.array([value], dtype=np.float32))
     upstream_dot = builder.create_dot
@@ -89,7 +101,11 @@ def _repair_reductions(kind: Any) -> None:
     upstream = kind.apply_impl
 
     def wide(self: Any, tensor: Any) -> Any:
-        return self.to_tensor(_widen(tensor.handle).data, tl.float32) if _is_bf16(tensor.handle) else tensor
+        return (
+            self.to_tensor(_widen(tensor.handle).data, tl.float32)
+            if _is_bf16(tensor.handle)
+            else tensor
+        )
 
     def back(self: Any, result: Any, source: Any) -> Any:
         if not _is_bf16(source.handle) or result.dtype != tl.float32:
@@ -100,7 +116,7 @@ def _repair_reductions(kind: Any) -> None:
     def apply_impl(self: Any, inputs: Any) -> Any:
         results = upstream(self, tuple(wide(self, t) for t in inputs))
         if isinstance(results, (tuple, list)):
-            return type(results)([back(self, r, t) for r, t in zip(results, inputs)])
+            return type(results)([back(self, r, t) for r, t in zip(results, inputs, strict=True)])
         return back(self, results, inputs[0])
 
     kind.apply_impl = apply_impl
@@ -113,7 +129,11 @@ def _repair_scalars() -> None:
         upstream(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
         scope.set_attr(
-            tensor, "__bool__", lambda self: bool(self.handle.data.reshape(-1)[0]) if self.handle.data.size == 1 else True
+            tensor,
+            "__bool__",
+            lambda self: (
+                bool(self.handle.data.reshape(-1)[0]) if self.handle.data.size == 1 else True
+            ),
         )
 
     interpreter._patch_lang_tensor = patch_lang_tensor

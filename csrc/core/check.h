@@ -20,20 +20,24 @@ inline bool is_floating(ScalarType dtype) {
 }
 
 inline void check_floating(const char* op, const char* arg, const Tensor& t) {
-  STD_TORCH_CHECK(is_floating(t.scalar_type()), op, ": ", arg, " must be float32, bfloat16 or float16");
+  STD_TORCH_CHECK(is_floating(t.scalar_type()), op, ": ", arg,
+                  " must be float32, bfloat16 or float16");
 }
 
 inline void check_rank(const char* op, const char* arg, const Tensor& t, int64_t rank) {
-  STD_TORCH_CHECK(t.dim() == rank, op, ": ", arg, " must have ", rank, " dimensions, got ", t.dim());
+  STD_TORCH_CHECK(t.dim() == rank, op, ": ", arg, " must have ", rank, " dimensions, got ",
+                  t.dim());
 }
 
-inline void check_size(const char* op, const char* arg, const Tensor& t, int64_t dim, int64_t size) {
-  STD_TORCH_CHECK(t.size(dim) == size, op, ": ", arg, ".size(", dim, ") must be ", size, ", got ", t.size(dim));
+inline void check_size(const char* op, const char* arg, const Tensor& t, int64_t dim,
+                       int64_t size) {
+  STD_TORCH_CHECK(t.size(dim) == size, op, ": ", arg, ".size(", dim, ") must be ", size, ", got ",
+                  t.size(dim));
 }
 
 inline void check_last_dim_dense(const char* op, const char* arg, const Tensor& t) {
-  STD_TORCH_CHECK(t.size(-1) <= 1 || t.stride(-1) == 1, op, ": ", arg, " must have stride 1 in its last dimension, got ",
-                  t.stride(-1));
+  STD_TORCH_CHECK(t.size(-1) <= 1 || t.stride(-1) == 1, op, ": ", arg,
+                  " must have stride 1 in its last dimension, got ", t.stride(-1));
 }
 
 }  // namespace vitkit

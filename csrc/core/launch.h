@@ -25,7 +25,8 @@ class Launch {
 
   void check(const char* op) const {
     const cudaError_t error = cudaGetLastError();
-    STD_TORCH_CHECK(error == cudaSuccess, op, ": kernel launch failed: ", cudaGetErrorString(error));
+    STD_TORCH_CHECK(error == cudaSuccess, op,
+                    ": kernel launch failed: ", cudaGetErrorString(error));
   }
 
  private:

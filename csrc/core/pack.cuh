@@ -17,15 +17,20 @@ __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162f
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 
 __device__ __forceinline__ void from_float(float x, float* y) { *y = x; }
-__device__ __forceinline__ void from_float(float x, __nv_bfloat16* y) { *y = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void from_float(float x, __nv_bfloat16* y) {
+  *y = __float2bfloat16_rn(x);
+}
 __device__ __forceinline__ void from_float(float x, __half* y) { *y = __float2half_rn(x); }
 
-// kSize elements moved by one instruction: 16 bytes, or a single element where alignment forbids it.
+// kSize elements moved by one instruction: 16 bytes, or a single element where alignment forbids
+// it.
 template <typename T, int kSize>
 struct alignas(sizeof(T) * kSize) Pack {
   T element[kSize];
 
-  static __device__ __forceinline__ Pack load(const T* p) { return *reinterpret_cast<const Pack*>(p); }
+  static __device__ __forceinline__ Pack load(const T* p) {
+    return *reinterpret_cast<const Pack*>(p);
+  }
   __device__ __forceinline__ void store(T* p) const { *reinterpret_cast<Pack*>(p) = *this; }
   __device__ __forceinline__ float get(int i) const { return to_float(element[i]); }
   __device__ __forceinline__ void set(int i, float value) { from_float(value, &element[i]); }

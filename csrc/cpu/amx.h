@@ -1,7 +1,9 @@
-// The few AMX instructions the kernels use. All eight tiles are 16 rows of 64 bytes: 16 x 16 float32 sums, or 16 x 32
-// bfloat16 operands, the right one as pairs of consecutive k side by side ("VNNI": row p holds b[2p][n], b[2p + 1][n]).
+// The few AMX instructions the kernels use. All eight tiles are 16 rows of 64 bytes: 16 x 16
+// float32 sums, or 16 x 32 bfloat16 operands, the right one as pairs of consecutive k side by side
+// ("VNNI": row p holds b[2p][n], b[2p + 1][n]).
 //
-// With -DVITKIT_EMULATE_AMX the same vocabulary is plain C++, so that a kernel file runs unchanged on any machine.
+// With -DVITKIT_EMULATE_AMX the same vocabulary is plain C++, so that a kernel file runs unchanged
+// on any machine.
 #pragma once
 
 #include "simd.h"
@@ -21,7 +23,8 @@ struct EmulatedTile {
 static thread_local EmulatedTile emulated_tiles[8];
 static thread_local bool emulated_tiles_configured = false;
 
-// Holds the tile unit of this thread. Tiles start as NaN: hardware zeroes them, but no kernel may rely on it.
+// Holds the tile unit of this thread. Tiles start as NaN: hardware zeroes them, but no kernel may
+// rely on it.
 class TileUnit {
  public:
   TileUnit() {
@@ -45,13 +48,15 @@ VITKIT_INLINE void tile_zero() {
 template <int kTile>
 VITKIT_INLINE void tile_load(const void* p, int64_t stride_bytes) {
   for (int r = 0; r < 16; ++r)
-    std::memcpy(emulated_tile<kTile>().bytes[r], static_cast<const char*>(p) + r * stride_bytes, kTileRowBytes);
+    std::memcpy(emulated_tile<kTile>().bytes[r], static_cast<const char*>(p) + r * stride_bytes,
+                kTileRowBytes);
 }
 
 template <int kTile>
 VITKIT_INLINE void tile_store(void* p, int64_t stride_bytes) {
   for (int r = 0; r < 16; ++r)
-    std::memcpy(static_cast<char*>(p) + r * stride_bytes, emulated_tile<kTile>().bytes[r], kTileRowBytes);
+    std::memcpy(static_cast<char*>(p) + r * stride_bytes, emulated_tile<kTile>().bytes[r],
+                kTileRowBytes);
 }
 
 // c += a b. As the hardware: even and odd k are summed apart, in float32.
@@ -94,8 +99,8 @@ class TileUnit {
   ~TileUnit() { asm volatile("tilerelease" ::: "memory"); }
 };
 
-// Own assembly instead of the compiler's intrinsics: those of GCC need literal tile numbers and, up to GCC 12 at least,
-// do not tell the compiler that they read and write memory.
+// Own assembly instead of the compiler's intrinsics: those of GCC need literal tile numbers and, up
+// to GCC 12 at least, do not tell the compiler that they read and write memory.
 template <int kTile>
 VITKIT_INLINE void tile_zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(kTile));

@@ -21,7 +21,8 @@ bool tile_self_test() {
     }
   for (int i = 0; i < 16; ++i)
     for (int j = 0; j < 16; ++j)
-      for (int k = 0; k < 32; ++k) expected[i][j] += to_float(a[i][k]) * to_float(b[k / 2][2 * j + k % 2]);
+      for (int k = 0; k < 32; ++k)
+        expected[i][j] += to_float(a[i][k]) * to_float(b[k / 2][2 * j + k % 2]);
   asm volatile("" ::: "memory");
   _tile_loadconfig(&config);
   _tile_zero(0);

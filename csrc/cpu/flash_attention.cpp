@@ -23,10 +23,11 @@ namespace {
 constexpr double kFlopsPerThread = 2e6;  // about 20 us, several times what waking a thread costs
 constexpr int64_t kUnitsPerThread = 4;
 
-// Threads take units of consecutive items until none is left: cores differ in speed (hybrid CPUs, other work on the
-// machine) and causal blocks in cost. A unit is one or more whole heads where there are enough of them, because each
-// thread that works on a head packs its keys again.
-void run_items(const FlashForwardKernels& kernels, const FlashForward& p, int64_t items, int64_t heads, double flops) {
+// Threads take units of consecutive items until none is left: cores differ in speed (hybrid CPUs,
+// other work on the machine) and causal blocks in cost. A unit is one or more whole heads where
+// there are enough of them, because each thread that works on a head packs its keys again.
+void run_items(const FlashForwardKernels& kernels, const FlashForward& p, int64_t items,
+               int64_t heads, double flops) {
   const int64_t threads = std::clamp<int64_t>(int64_t(flops / kFlopsPerThread), 1, num_threads());
   const int64_t head_items = (items + heads - 1) / heads;
   int64_t unit = std::max<int64_t>(1, items / (threads * kUnitsPerThread));
@@ -41,15 +42,18 @@ void run_items(const FlashForwardKernels& kernels, const FlashForward& p, int64_
   });
 }
 
-std::tuple<Tensor, Tensor> flash_attention_fwd(Tensor q, Tensor k, Tensor v, std::optional<Tensor> bias,
-                                               std::optional<Tensor> cu_seqlens_q, std::optional<Tensor> cu_seqlens_k,
-                                               bool causal, double scale) {
-  const AttentionArguments arguments("flash_attention", q, k, v, bias, cu_seqlens_q, cu_seqlens_k, causal, scale);
+std::tuple<Tensor, Tensor> flash_attention_fwd(Tensor q, Tensor k, Tensor v,
+                                               std::optional<Tensor> bias,
+                                               std::optional<Tensor> cu_seqlens_q,
+                                               std::optional<Tensor> cu_seqlens_k, bool causal,
+                                               double scale) {
+  const AttentionArguments arguments("flash_attention", q, k, v, bias, cu_seqlens_q, cu_seqlens_k,
+                                     causal, scale);
   const AttentionInputs& in = arguments.in;
   const bool packed = arguments.packed();
   Tensor out = torch::stable::new_empty(q, q.sizes());
-  const std::vector<int64_t> lse_sizes =
-      packed ? std::vector<int64_t>{in.heads, in.nq} : std::vector<int64_t>{in.batch, in.heads, in.nq};
+  const std::vector<int64_t> lse_sizes = packed ? std::vector<int64_t>{in.heads, in.nq}
+                                                : std::vector<int64_t>{in.batch, in.heads, in.nq};
   Tensor lse = torch::stable::new_empty(q, lse_sizes, ScalarType::Float);
   if (!arguments.covers_queries()) {
     torch::stable::zero_(out);
@@ -58,8 +62,13 @@ std::tuple<Tensor, Tensor> flash_attention_fwd(Tensor q, Tensor k, Tensor v, std
   if (out.numel() == 0) return {out, lse};
 
   const FlashForwardKernels& kernels = flash_forward_kernels();
-  FlashForward p{in, rows_view(out), static_cast<float*>(lse.mutable_data_ptr()), packed ? 0 : in.heads * in.nq, in.nq,
-                 in.nk, nullptr};
+  FlashForward p{in,
+                 rows_view(out),
+                 static_cast<float*>(lse.mutable_data_ptr()),
+                 packed ? 0 : in.heads * in.nq,
+                 in.nq,
+                 in.nk,
+                 nullptr};
   std::vector<int64_t> first_item;
   int64_t items = 0;
   double pairs = 0;  // of a query and a key, over the batch
@@ -87,4 +96,6 @@ std::tuple<Tensor, Tensor> flash_attention_fwd(Tensor q, Tensor k, Tensor v, std
 }  // namespace
 }  // namespace vitkit::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(vitkit, CPU, m) { m.impl("flash_attention_fwd", TORCH_BOX(&vitkit::cpu::flash_attention_fwd)); }
+STABLE_TORCH_LIBRARY_IMPL(vitkit, CPU, m) {
+  m.impl("flash_attention_fwd", TORCH_BOX(&vitkit::cpu::flash_attention_fwd));
+}

@@ -14,8 +14,8 @@ struct FlashForward {
   const int64_t* first_item;  // packed: [batch + 1], the item at which each sequence begins
 };
 
-// An item is one block of queries of one head; items are ordered by batch element, head, block. Any split of them over
-// threads gives the same result.
+// An item is one block of queries of one head; items are ordered by batch element, head, block. Any
+// split of them over threads gives the same result.
 struct FlashForwardKernels {
   int64_t (*blocks)(const AttentionInputs& in, int64_t nq, int64_t nk);  // items per head
   int64_t (*scratch_bytes)(const FlashForward& p);

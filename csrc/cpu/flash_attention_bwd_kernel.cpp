@@ -22,7 +22,8 @@ struct Run {
     return arena.next - static_cast<char*>(nullptr);
   }
 
-  static void cell(const FlashBackward& p, const BackwardProblem& at, int64_t step, int64_t lane, void* scratch) {
+  static void cell(const FlashBackward& p, const BackwardProblem& at, int64_t step, int64_t lane,
+                   void* scratch) {
     if (!p.in.bias.data) return run(p, at, NoTerm(), NoSink(), step, lane, scratch);
     const DenseTerm term = dense_term(p.in.bias, at);
     if (!p.dbias.data) return run(p, at, term, NoSink(), step, lane, scratch);
@@ -32,13 +33,14 @@ struct Run {
  private:
   // Shorter problems of a call may have longer ranges than the longest one.
   static Compute compute(const FlashBackward& p, Arena& arena) {
-    const int64_t all = round_up(p.max_nk, Compute::kKeyStep), most = most_keys<Compute>(p.in.head_dim, p.fine);
+    const int64_t all = round_up(p.max_nk, Compute::kKeyStep),
+                  most = most_keys<Compute>(p.in.head_dim, p.fine);
     return Compute(arena, p.in.head_dim, all < most ? all : most);
   }
 
   template <typename Term, typename Sink>
-  static void run(const FlashBackward& p, const BackwardProblem& at, const Term& term, const Sink& sink, int64_t step,
-                  int64_t lane, void* scratch) {
+  static void run(const FlashBackward& p, const BackwardProblem& at, const Term& term,
+                  const Sink& sink, int64_t step, int64_t lane, void* scratch) {
     using Map = StridedGradMap<typename Compute::Element>;
     const GradExtent e(p.in, at.batch);
     const BackwardGrid g = grid(p, e.nq, e.nk);
@@ -47,7 +49,8 @@ struct Run {
     Arena arena{static_cast<char*>(scratch)};
     Compute arithmetic = compute(p, arena);
     arithmetic.attach(at.sums, e.nq, e.nk);
-    Backward<Compute, Map, Term, Sink>(map, term, sink, p.in.scale, arithmetic).run(g, Cell(g, step, lane));
+    Backward<Compute, Map, Term, Sink>(map, term, sink, p.in.scale, arithmetic)
+        .run(g, Cell(g, step, lane));
   }
 };
 
@@ -83,7 +86,8 @@ int64_t scratch_bytes(const FlashBackward& p) {
   return dispatch(p.in.type, [&](auto run) { return run.scratch_bytes(p); });
 }
 
-void cell(const FlashBackward& p, const BackwardProblem& at, int64_t step, int64_t lane, void* scratch) {
+void cell(const FlashBackward& p, const BackwardProblem& at, int64_t step, int64_t lane,
+          void* scratch) {
   const FlushDenormals flush;
 #if defined(VITKIT_AMX)
   const TileUnit unit;

@@ -14,33 +14,45 @@ struct Extent {
 
 Extent extent(const AttentionInputs& in, int64_t b) {
   if (!in.starts_q) return {0, in.nq, 0, in.nk};
-  return {in.starts_q[b], in.starts_q[b + 1] - in.starts_q[b], in.starts_k[b], in.starts_k[b + 1] - in.starts_k[b]};
+  return {in.starts_q[b], in.starts_q[b + 1] - in.starts_q[b], in.starts_k[b],
+          in.starts_k[b + 1] - in.starts_k[b]};
 }
 
 template <typename T>
 T* rows(const RowsView& view, int64_t b, int64_t h, int64_t token) {
-  return reinterpret_cast<T*>(view.data) + b * view.batch_stride + h * view.head_stride + token * view.token_stride;
+  return reinterpret_cast<T*>(view.data) + b * view.batch_stride + h * view.head_stride +
+         token * view.token_stride;
 }
 
 template <typename T>
 StridedMap<T> strided_map(const FlashForward& p, const Extent& e, int64_t b, int64_t h) {
   const AttentionInputs& in = p.in;
-  return {rows<const T>(in.q, b, h, e.q), rows<const T>(in.k, b, h, e.k), rows<const T>(in.v, b, h, e.k),
-          rows<T>(p.out, b, h, e.q),      p.lse + b * p.lse_batch_stride + h * p.lse_head_stride + e.q,
-          in.q.token_stride,              in.k.token_stride,
-          in.v.token_stride,              p.out.token_stride,
-          e.nq,                           e.nk,
+  return {rows<const T>(in.q, b, h, e.q),
+          rows<const T>(in.k, b, h, e.k),
+          rows<const T>(in.v, b, h, e.k),
+          rows<T>(p.out, b, h, e.q),
+          p.lse + b * p.lse_batch_stride + h * p.lse_head_stride + e.q,
+          in.q.token_stride,
+          in.k.token_stride,
+          in.v.token_stride,
+          p.out.token_stride,
+          e.nq,
+          e.nk,
           in.causal};
 }
 
-int64_t element_size(ElementType type) { return type == ElementType::f32 ? 4 : (type == ElementType::boolean ? 1 : 2); }
+int64_t element_size(ElementType type) {
+  return type == ElementType::f32 ? 4 : (type == ElementType::boolean ? 1 : 2);
+}
 
 DenseTerm dense_term(const BiasView& bias, int64_t b, int64_t h) {
   const int64_t offset = b * bias.batch_stride + h * bias.head_stride;
-  return {bias.data + offset * element_size(bias.type), bias.type, bias.query_stride, bias.key_stride};
+  return {bias.data + offset * element_size(bias.type), bias.type, bias.query_stride,
+          bias.key_stride};
 }
 
-// Part of one batch element: blocks [begin, end) of heads [h, h + heads); of several heads always all blocks.
+// Part of one batch element: blocks [begin, end) of heads [h, h + heads); of several heads always
+// all blocks.
 struct Part {
   int64_t b, h, heads, begin, end;
 };
@@ -64,20 +76,24 @@ Part part_at(const FlashForward& p, int64_t item, int64_t end, int64_t max_heads
   return {b, h, 1, block, smaller(block + (end - item), blocks)};
 }
 
-DenseTerm make_term(const FlashForward& p, int64_t b, int64_t h, DenseTerm*) { return dense_term(p.in.bias, b, h); }
+DenseTerm make_term(const FlashForward& p, int64_t b, int64_t h, DenseTerm*) {
+  return dense_term(p.in.bias, b, h);
+}
 NoTerm make_term(const FlashForward&, int64_t, int64_t, NoTerm*) { return {}; }
 
 template <typename Compute, typename Term>
 void run_with(const FlashForward& p, int64_t begin, int64_t end, void* scratch) {
   using T = typename Compute::Element;
-  const Workspace<Compute> workspace(static_cast<char*>(scratch), p.in.head_dim, p.max_nk, p.in.heads);
+  const Workspace<Compute> workspace(static_cast<char*>(scratch), p.in.head_dim, p.max_nk,
+                                     p.in.heads);
   for (int64_t item = begin; item < end;) {
     const Part part = part_at<Compute>(p, item, end, workspace.sweep_heads);
     Head<StridedMap<T>, Term> heads[kMaxSweepHeads];
     for (int64_t i = 0; i < part.heads; ++i)
       heads[i] = {strided_map<T>(p, extent(p.in, part.b), part.b, part.h + i),
                   make_term(p, part.b, part.h + i, static_cast<Term*>(nullptr))};
-    Forward<Compute, StridedMap<T>, Term>(heads, part.heads, p.in.scale, workspace).run(part.begin, part.end);
+    Forward<Compute, StridedMap<T>, Term>(heads, part.heads, p.in.scale, workspace)
+        .run(part.begin, part.end);
     item += part.heads * (part.end - part.begin);
   }
 }

@@ -1,5 +1,5 @@
-// group_norm_silu on the CPU: checks, small tensors to float32, and the choice between one group per
-// thread and parts of samples.
+// group_norm_silu on the CPU: checks, small tensors to float32, and the choice between one group
+// per thread and parts of samples.
 #include "group_norm_silu.h"
 
 #include <torch/csrc/stable/library.h>
@@ -34,7 +34,7 @@ struct Inputs {
   GroupNormShape shape;
   std::vector<float> weight, bias, add, scale, shift;  // empty where absent
   std::vector<float> gain, offset;                     // [samples, channels]
-  int64_t parts = 0;  // 0: one group per item
+  int64_t parts = 0;                                   // 0: one group per item
 
   const float* add_or_null() const { return add.empty() ? nullptr : add.data(); }
 
@@ -51,7 +51,8 @@ struct Inputs {
   }
   template <typename F>
   void each_sample(const F& f) const {
-    parallel_for(0, shape.samples, 1 + kGrainElements / std::max<int64_t>(1, shape.channels * parts), f);
+    parallel_for(0, shape.samples,
+                 1 + kGrainElements / std::max<int64_t>(1, shape.channels * parts), f);
   }
 };
 
@@ -95,8 +96,14 @@ Inputs read_inputs(const Tensor& x, int64_t num_groups, const std::optional<Tens
                   ": num_groups must be at least 1 and divide C = ", c, ", got ", num_groups);
   STD_TORCH_CHECK(eps >= 0, kOp, ": eps must be >= 0, got ", eps);
   Inputs in;
-  in.shape = {element_of(x), n, c, n == 0 ? 0 : x.numel() / (n * c), num_groups, is_channels_last("x", x),
-              silu, float(eps)};
+  in.shape = {element_of(x),
+              n,
+              c,
+              n == 0 ? 0 : x.numel() / (n * c),
+              num_groups,
+              is_channels_last("x", x),
+              silu,
+              float(eps)};
   in.weight = small_floats(kOp, "weight", weight, {c});
   in.bias = small_floats(kOp, "bias", bias, {c});
   in.add = small_floats(kOp, "add", add, {n, c});
@@ -110,7 +117,8 @@ Inputs read_inputs(const Tensor& x, int64_t num_groups, const std::optional<Tens
     in.offset[size_t(i)] = (in.bias.empty() ? 0.f : in.bias[size_t(channel)]) * factor +
                            (in.shift.empty() ? 0.f : in.shift[size_t(i)]);
   }
-  const bool too_few_groups = n * num_groups < kEnoughGroups && in.shape.group_elements() > kGrainElements;
+  const bool too_few_groups =
+      n * num_groups < kEnoughGroups && in.shape.group_elements() > kGrainElements;
   if (in.shape.channels_last || too_few_groups) {
     const int64_t per_sample = in.shape.channels * in.shape.positions;
     in.parts = std::clamp<int64_t>((per_sample + kPartElements - 1) / kPartElements, 1,
@@ -119,9 +127,10 @@ Inputs read_inputs(const Tensor& x, int64_t num_groups, const std::optional<Tens
   return in;
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, int64_t num_groups, std::optional<Tensor> weight,
-                                           std::optional<Tensor> bias, double eps, bool silu,
-                                           std::optional<Tensor> add, std::optional<Tensor> scale,
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, int64_t num_groups,
+                                           std::optional<Tensor> weight, std::optional<Tensor> bias,
+                                           double eps, bool silu, std::optional<Tensor> add,
+                                           std::optional<Tensor> scale,
                                            std::optional<Tensor> shift) {
   Inputs in = read_inputs(x, num_groups, weight, bias, eps, silu, add, scale, shift);
   Tensor y = torch::stable::empty_like(x);
@@ -169,7 +178,8 @@ struct SmallGradients {
   std::vector<float> over_samples(int k) const {
     const int64_t c = in.shape.channels;
     std::vector<double> total(size_t(c), 0.);
-    for (int64_t i = 0; i < in.shape.samples * c; ++i) total[size_t(i % c)] += double(scaled(i)) * s(i, k);
+    for (int64_t i = 0; i < in.shape.samples * c; ++i)
+      total[size_t(i % c)] += double(scaled(i)) * s(i, k);
     return {total.begin(), total.end()};
   }
 
@@ -204,23 +214,26 @@ struct SmallGradients {
         g2 += double(in.gain[size_t(i)]) * s(i, 1);
       }
       for (int64_t i = group * per_group; i < (group + 1) * per_group; ++i)
-        out[size_t(i)] = float(rstd[group] * (double(in.gain[size_t(i)]) * s(i, 0) - hw * g1 / m - s(i, 2) * g2 / m));
+        out[size_t(i)] = float(
+            rstd[group] * (double(in.gain[size_t(i)]) * s(i, 0) - hw * g1 / m - s(i, 2) * g2 / m));
     }
     return out;
   }
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor grad, Tensor x, Tensor mean, Tensor rstd, int64_t num_groups, std::optional<Tensor> weight,
-    std::optional<Tensor> bias, bool silu, std::optional<Tensor> add, std::optional<Tensor> scale,
-    std::optional<Tensor> shift) {
+    Tensor grad, Tensor x, Tensor mean, Tensor rstd, int64_t num_groups,
+    std::optional<Tensor> weight, std::optional<Tensor> bias, bool silu, std::optional<Tensor> add,
+    std::optional<Tensor> scale, std::optional<Tensor> shift) {
   Inputs in = read_inputs(x, num_groups, weight, bias, 0., silu, add, scale, shift);
-  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.numel() == x.numel() && grad.dim() == x.dim(), kOp,
-                  ": grad must have the shape and dtype of x");
+  STD_TORCH_CHECK(
+      grad.scalar_type() == x.scalar_type() && grad.numel() == x.numel() && grad.dim() == x.dim(),
+      kOp, ": grad must have the shape and dtype of x");
   for (int64_t d = 0; d < x.dim(); ++d) check_size(kOp, "grad", grad, d, x.size(d));
-  for (const auto& [name, t] : {std::pair<const char*, const Tensor*>{"mean", &mean}, {"rstd", &rstd}}) {
-    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->is_contiguous() && t->dim() == 2, kOp, ": ", name,
-                    " must be a contiguous float32 [N, num_groups]");
+  for (const auto& [name, t] :
+       {std::pair<const char*, const Tensor*>{"mean", &mean}, {"rstd", &rstd}}) {
+    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->is_contiguous() && t->dim() == 2,
+                    kOp, ": ", name, " must be a contiguous float32 [N, num_groups]");
     check_size(kOp, name, *t, 0, x.size(0));
     check_size(kOp, name, *t, 1, num_groups);
   }
@@ -228,7 +241,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   std::vector<float> sums(in.gain.size() * 3, 0.f);
   const auto* rstd_data = static_cast<const float*>(rstd.const_data_ptr());
   if (x.numel() > 0) {
-    STD_TORCH_CHECK(is_channels_last("grad", grad) == in.shape.channels_last || x.is_contiguous() == grad.is_contiguous(),
+    STD_TORCH_CHECK(is_channels_last("grad", grad) == in.shape.channels_last ||
+                        x.is_contiguous() == grad.is_contiguous(),
                     kOp, ": grad must have the layout of x");
     prefer_huge_pages(dx.mutable_data_ptr(), x.numel() * int64_t(x.element_size()));
     GroupNormBackward p{in.shape,

@@ -1,6 +1,6 @@
-// group_norm_silu for one instruction set. Groups that one thread can hold are read once from memory
-// (forward_groups, backward_groups); otherwise the positions of a sample are split into parts whose
-// number does not depend on the threads, so that results do not either.
+// group_norm_silu for one instruction set. Groups that one thread can hold are read once from
+// memory (forward_groups, backward_groups); otherwise the positions of a sample are split into
+// parts whose number does not depend on the threads, so that results do not either.
 #include "group_norm_silu.h"
 
 #include "attention/scratch.h"
@@ -34,7 +34,8 @@ struct Affine {
   float factor, term;
 };
 
-VITKIT_INLINE Affine affine_of(const GroupNormForward& p, int64_t n, int64_t c, float mean, float rstd) {
+VITKIT_INLINE Affine affine_of(const GroupNormForward& p, int64_t n, int64_t c, float mean,
+                               float rstd) {
   const int64_t i = n * p.shape.channels + c;
   const float factor = rstd * p.gain[i];
   const float add = p.add ? p.add[i] : 0.f;
@@ -106,8 +107,8 @@ void row_statistics(const GroupNormForward& p, int64_t n, Range range, float* ou
   }
 }
 
-// Positions are rows of channels here: blocks of rows that fit the first-level cache are summed, then
-// summed about their means, and merged into the running statistics of every channel.
+// Positions are rows of channels here: blocks of rows that fit the first-level cache are summed,
+// then summed about their means, and merged into the running statistics of every channel.
 template <typename T>
 void column_statistics(const GroupNormForward& p, int64_t n, Range range, float* out) {
   const int64_t channels = p.shape.channels;
@@ -133,7 +134,8 @@ void column_statistics(const GroupNormForward& p, int64_t n, Range range, float*
       } else {
         const f32v old = load_partial(mean + c, count), delta = block_mean - old;
         store_partial(mean + c, fma(delta, splat(share), old), count);
-        store_partial(m2 + c, load_partial(m2 + c, count) + squares + delta * delta * weight, count);
+        store_partial(m2 + c, load_partial(m2 + c, count) + squares + delta * delta * weight,
+                      count);
       }
     });
     done += rows;
@@ -216,7 +218,8 @@ void forward_apply(const GroupNormForward& p, int64_t begin, int64_t end) {
     if (!s.channels_last) {
       for (int64_t c = 0; c < channels; ++c) {
         const int64_t start = (n * channels + c) * s.positions + range.begin;
-        apply_row<T, kSilu>(at<T>(p.x, start), at<T>(p.y, start), range.size(), {factor[c], term[c]});
+        apply_row<T, kSilu>(at<T>(p.x, start), at<T>(p.y, start), range.size(),
+                            {factor[c], term[c]});
       }
       continue;
     }
@@ -235,9 +238,9 @@ void forward_apply(const GroupNormForward& p, int64_t begin, int64_t end) {
 
 // ---- backward ----
 //
-// dz = grad * act'(z);  S1 = sum dz, S2 = sum dz * xhat, S3 = sum xhat over the positions of a channel
-// G1 = sum over the group of gain * S1, G2 of gain * S2;  m elements in a group
-// dx = rstd * (gain * dz - G1 / m - xhat * G2 / m)
+// dz = grad * act'(z);  S1 = sum dz, S2 = sum dz * xhat, S3 = sum xhat over the positions of a
+// channel G1 = sum over the group of gain * S1, G2 of gain * S2;  m elements in a group dx = rstd *
+// (gain * dz - G1 / m - xhat * G2 / m)
 
 struct Channel {
   Affine z;     // z = x * factor + term
@@ -256,8 +259,8 @@ struct InputGradient {
   float of_dz, of_x, constant;
 };
 
-VITKIT_INLINE InputGradient input_gradient(const GroupNormBackward& p, int64_t n, int64_t c, double g1,
-                                           double g2) {
+VITKIT_INLINE InputGradient input_gradient(const GroupNormBackward& p, int64_t n, int64_t c,
+                                           double g1, double g2) {
   const Channel channel = channel_of(p, n, c);
   const double m = double(p.shape.group_elements()), rstd = channel.xhat.factor;
   const double slope = -rstd * g2 / m;
@@ -384,7 +387,10 @@ struct ChannelRows {
   float *factor, *term, *xfactor, *xterm;
 
   ChannelRows(float* memory, int64_t channels)
-      : factor(memory), term(factor + channels), xfactor(term + channels), xterm(xfactor + channels) {}
+      : factor(memory),
+        term(factor + channels),
+        xfactor(term + channels),
+        xterm(xfactor + channels) {}
 
   void fill(const GroupNormBackward& p, int64_t n) const {
     for (int64_t c = 0; c < p.shape.channels; ++c) {
@@ -398,17 +404,20 @@ struct ChannelRows {
 };
 
 template <typename T, bool kSilu>
-void column_sums(const GroupNormBackward& p, int64_t n, Range range, const ChannelRows& rows, float* out) {
+void column_sums(const GroupNormBackward& p, int64_t n, Range range, const ChannelRows& rows,
+                 float* out) {
   const int64_t channels = p.shape.channels;
   each_vector(channels, [&](int64_t c, auto count) {
-    const f32v factor = load_partial(rows.factor + c, count), term = load_partial(rows.term + c, count);
+    const f32v factor = load_partial(rows.factor + c, count),
+               term = load_partial(rows.term + c, count);
     const f32v xfactor = load_partial(rows.xfactor + c, count);
     const f32v xterm = load_partial(rows.xterm + c, count);
     Sums sums;
     for (int64_t row = range.begin; row < range.end; ++row) {
       const int64_t start = (n * p.shape.positions + row) * channels + c;
       const f32v v = load_partial(at<T>(p.x, start), count), xhat = fma(v, xfactor, xterm);
-      const f32v dz = activation_gradient<T, kSilu>(v, load_partial(at<T>(p.grad, start), count), factor, term);
+      const f32v dz =
+          activation_gradient<T, kSilu>(v, load_partial(at<T>(p.grad, start), count), factor, term);
       sums.dz += dz;
       sums.dz_xhat += dz * xhat;
       sums.xhat += xhat;
@@ -423,7 +432,8 @@ template <typename T, bool kSilu>
 void backward_sums(const GroupNormBackward& p, int64_t begin, int64_t end) {
   const GroupNormShape& s = p.shape;
   const int64_t channels = s.channels;
-  const ChannelRows rows(static_cast<float*>(thread_scratch(size_t(channels) * 4 * sizeof(float))), channels);
+  const ChannelRows rows(static_cast<float*>(thread_scratch(size_t(channels) * 4 * sizeof(float))),
+                         channels);
   for (int64_t item = begin, prepared = -1; item < end; ++item) {
     const int64_t n = item / p.parts;
     const Range range = part_of(s.positions, item % p.parts, p.parts);
@@ -487,8 +497,9 @@ void backward_apply(const GroupNormBackward& p, int64_t begin, int64_t end) {
     if (!s.channels_last) {
       for (int64_t c = 0; c < channels; ++c) {
         const int64_t start = (n * channels + c) * s.positions + range.begin;
-        write_row<T, kSilu>(at<T>(p.x, start), at<T>(p.grad, start), at<T>(p.dx, start), range.size(),
-                            channel_of(p, n, c), {of_dz[c], of_x[c], constant[c]}, nullptr);
+        write_row<T, kSilu>(at<T>(p.x, start), at<T>(p.grad, start), at<T>(p.dx, start),
+                            range.size(), channel_of(p, n, c), {of_dz[c], of_x[c], constant[c]},
+                            nullptr);
       }
       continue;
     }
@@ -499,8 +510,9 @@ void backward_apply(const GroupNormBackward& p, int64_t begin, int64_t end) {
         const f32v dz = activation_gradient<T, kSilu>(
             v, load_partial(at<T>(p.grad, start + c), count), load_partial(rows.factor + c, count),
             load_partial(rows.term + c, count));
-        const f32v dx = fma(dz, load_partial(of_dz + c, count),
-                            fma(v, load_partial(of_x + c, count), load_partial(constant + c, count)));
+        const f32v dx =
+            fma(dz, load_partial(of_dz + c, count),
+                fma(v, load_partial(of_x + c, count), load_partial(constant + c, count)));
         store_partial(at<T>(p.dx, start + c), dx, count);
       });
     }
@@ -530,11 +542,11 @@ void dispatch(const Params& p, F&& f) {
 
 }  // namespace
 
-#define VITKIT_DISPATCHED(function, Params)                                \
-  [](const Params& p, int64_t begin, int64_t end) {                        \
-    dispatch(p, [&](auto element, auto silu) {                             \
-      function<decltype(element), decltype(silu)::value>(p, begin, end);   \
-    });                                                                    \
+#define VITKIT_DISPATCHED(function, Params)                              \
+  [](const Params& p, int64_t begin, int64_t end) {                      \
+    dispatch(p, [&](auto element, auto silu) {                           \
+      function<decltype(element), decltype(silu)::value>(p, begin, end); \
+    });                                                                  \
   }
 
 const GroupNormKernels& group_norm_kernels() {
@@ -542,7 +554,8 @@ const GroupNormKernels& group_norm_kernels() {
       VITKIT_DISPATCHED(forward_groups, GroupNormForward),
       VITKIT_DISPATCHED(backward_groups, GroupNormBackward),
       [](const GroupNormForward& p, int64_t begin, int64_t end) {
-        dispatch(p, [&](auto element, auto) { forward_statistics<decltype(element)>(p, begin, end); });
+        dispatch(p,
+                 [&](auto element, auto) { forward_statistics<decltype(element)>(p, begin, end); });
       },
       forward_merge,
       VITKIT_DISPATCHED(forward_apply, GroupNormForward),

@@ -33,25 +33,25 @@ bool request_amx();
 #define VITKIT_IF_AMX(...)
 #endif
 
-#define VITKIT_ISA_TABLE(Table, function)                                       \
-  namespace vitkit::cpu {                                                       \
-  namespace base {                                                              \
-  const Table& function();                                                      \
-  }                                                                             \
-  VITKIT_IF_AVX2(namespace avx2 { const Table& function(); })                   \
-  VITKIT_IF_AVX512(namespace avx512 { const Table& function(); })               \
-  VITKIT_IF_AMX(namespace amx { const Table& function(); })                     \
-  inline const Table& function() {                                              \
-    switch (active_isa()) {                                                     \
-      case Isa::amx:                                                            \
-        VITKIT_IF_AMX(return amx::function();)                                  \
-      case Isa::avx512:                                                         \
-        VITKIT_IF_AVX512(return avx512::function();)                            \
-      case Isa::avx2:                                                           \
-        VITKIT_IF_AVX2(return avx2::function();)                                \
-      case Isa::base:                                                           \
-        break;                                                                  \
-    }                                                                           \
-    return base::function();                                                    \
-  }                                                                             \
+#define VITKIT_ISA_TABLE(Table, function)                         \
+  namespace vitkit::cpu {                                         \
+  namespace base {                                                \
+  const Table& function();                                        \
+  }                                                               \
+  VITKIT_IF_AVX2(namespace avx2 { const Table& function(); })     \
+  VITKIT_IF_AVX512(namespace avx512 { const Table& function(); }) \
+  VITKIT_IF_AMX(namespace amx { const Table& function(); })       \
+  inline const Table& function() {                                \
+    switch (active_isa()) {                                       \
+      case Isa::amx:                                              \
+        VITKIT_IF_AMX(return amx::function();)                    \
+      case Isa::avx512:                                           \
+        VITKIT_IF_AVX512(return avx512::function();)              \
+      case Isa::avx2:                                             \
+        VITKIT_IF_AVX2(return avx2::function();)                  \
+      case Isa::base:                                             \
+        break;                                                    \
+    }                                                             \
+    return base::function();                                      \
+  }                                                               \
   }

@@ -16,8 +16,10 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__)
   constexpr int64_t kHugePage = int64_t(2) << 20, kWorthIt = 8 * kHugePage;
   if (bytes < kWorthIt) return;
-  const auto begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~uintptr_t(kHugePage - 1);
-  const auto end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) & ~uintptr_t(kHugePage - 1);
+  const auto begin =
+      (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~uintptr_t(kHugePage - 1);
+  const auto end =
+      (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) & ~uintptr_t(kHugePage - 1);
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)data;

@@ -11,7 +11,9 @@ namespace vitkit::cpu {
 
 bool in_forked_child();
 
-inline int64_t num_threads() { return in_forked_child() ? 1 : int64_t(torch::stable::get_num_threads()); }
+inline int64_t num_threads() {
+  return in_forked_child() ? 1 : int64_t(torch::stable::get_num_threads());
+}
 
 // Calls f(begin, end) on disjoint ranges that cover [begin, end); at least `grain` iterations each.
 // f must not throw: checks belong before the loop.

@@ -132,9 +132,11 @@ VITKIT_INLINE void store(float* p, f32v v) { std::memcpy(p, &v, sizeof(v)); }
 
 VITKIT_INLINE f32v load(const bf16* p) {
 #if defined(__AVX512F__) && VITKIT_SIMD_LANES == 16
-  return f32v(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+  return f32v(_mm512_slli_epi32(
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
 #elif defined(__AVX2__) && VITKIT_SIMD_LANES == 8
-  return f32v(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+  return f32v(_mm256_slli_epi32(
+      _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
 #else
   u16v h;
   std::memcpy(&h, p, sizeof(h));
@@ -176,9 +178,11 @@ VITKIT_INLINE f32v load(const f16* p) {
 
 VITKIT_INLINE void store(f16* p, f32v v) {
 #if defined(__AVX512F__) && VITKIT_SIMD_LANES == 16
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__) && VITKIT_SIMD_LANES == 8
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < kLanes; ++i) from_float(v[i], p + i);
 #endif
@@ -207,7 +211,8 @@ VITKIT_INLINE void store_partial(T* p, f32v v, int n) {
 }
 
 // 2 * kLanes consecutive elements as two vectors, split in whichever way is cheapest: for bfloat16
-// the even and the odd ones, which one shift and one mask separate. store2 puts them back the same way.
+// the even and the odd ones, which one shift and one mask separate. store2 puts them back the same
+// way.
 template <typename T>
 VITKIT_INLINE void load2(const T* p, f32v& a, f32v& b) {
   if constexpr (std::is_same_v<T, bf16>) {
@@ -236,7 +241,8 @@ VITKIT_INLINE void store2(T* p, f32v a, f32v b) {
   }
 }
 
-// Calls f(i, count) for the vectors that cover [0, n); count is the constant kLanes but for the last.
+// Calls f(i, count) for the vectors that cover [0, n); count is the constant kLanes but for the
+// last.
 template <typename F>
 VITKIT_INLINE void each_vector(int64_t n, const F& f) {
   int64_t i = 0;
@@ -300,9 +306,11 @@ VITKIT_INLINE float reduce_max(f32v v) {
 VITKIT_INLINE f32v exp2_bounded(f32v x) {
   const f32v clamped = x < -126.5f ? splat(-126.5f) : x;
 #if defined(__AVX512F__) && VITKIT_SIMD_LANES == 16
-  const f32v n = f32v(_mm512_roundscale_ps(__m512(clamped), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  const f32v n =
+      f32v(_mm512_roundscale_ps(__m512(clamped), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__AVX2__) && VITKIT_SIMD_LANES == 8
-  const f32v n = f32v(_mm256_round_ps(__m256(clamped), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  const f32v n =
+      f32v(_mm256_round_ps(__m256(clamped), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
   const f32v magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
   const f32v n = (clamped + magic) - magic;

@@ -28,7 +28,8 @@ void with_element_type(const char* op, const char* arg, const Tensor& t, const F
 }
 
 // The values of a tensor of rank 1 or 2 in row-major order, whatever its strides; empty if absent.
-inline std::vector<float> small_floats(const char* op, const char* arg, const std::optional<Tensor>& t,
+inline std::vector<float> small_floats(const char* op, const char* arg,
+                                       const std::optional<Tensor>& t,
                                        std::initializer_list<int64_t> sizes) {
   if (!t) return {};
   check_rank(op, arg, *t, int64_t(sizes.size()));

@@ -13,7 +13,8 @@ namespace vitkit::group_norm {
 namespace {
 
 constexpr const char* kOp = "group_norm_silu";
-// A group of this many bytes stays in shared memory, which every architecture grants without asking.
+// A group of this many bytes stays in shared memory, which every architecture grants without
+// asking.
 constexpr int64_t kSharedBytes = 48 * 1024;
 // Groups that keep a large GPU busy with a block each; below, a group is split over blocks.
 constexpr int64_t kEnoughGroups = 256;
@@ -34,9 +35,11 @@ Element element_of(const char* arg, const Tensor& t) {
   }
 }
 
-SmallTensor small(const char* arg, const std::optional<Tensor>& t, const Tensor& x, bool per_sample) {
+SmallTensor small(const char* arg, const std::optional<Tensor>& t, const Tensor& x,
+                  bool per_sample) {
   if (!t) return {nullptr, Element::f32, 0, 0};
-  STD_TORCH_CHECK(t->get_device_index() == x.get_device_index(), kOp, ": ", arg, " must be on the device of x");
+  STD_TORCH_CHECK(t->get_device_index() == x.get_device_index(), kOp, ": ", arg,
+                  " must be on the device of x");
   check_rank(kOp, arg, *t, per_sample ? 2 : 1);
   if (per_sample) check_size(kOp, arg, *t, 0, x.size(0));
   check_size(kOp, arg, *t, per_sample ? 1 : 0, x.size(1));
@@ -83,7 +86,8 @@ Params make_params(const Tensor& x, int64_t num_groups, const std::optional<Tens
 
 // A constant of the shape alone, so that results do not depend on the GPU.
 int64_t parts_of(const Params& p, bool columns) {
-  const int64_t per_part = columns ? std::max<int64_t>(64, kPartElements / p.channels) : kPartElements;
+  const int64_t per_part =
+      columns ? std::max<int64_t>(64, kPartElements / p.channels) : kPartElements;
   return std::clamp<int64_t>((p.positions + per_part - 1) / per_part, 1, 4096);
 }
 
@@ -129,13 +133,15 @@ unsigned elementwise_blocks(const Params& p, int pack) {
 }
 
 unsigned grid(int64_t blocks, const char* what, int64_t limit = 0x7fffffff) {
-  STD_TORCH_CHECK(blocks <= limit, kOp, ": ", what, " must be at most ", limit, " on CUDA, got ", blocks);
+  STD_TORCH_CHECK(blocks <= limit, kOp, ": ", what, " must be at most ", limit, " on CUDA, got ",
+                  blocks);
   return unsigned(blocks);
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, int64_t num_groups, std::optional<Tensor> weight,
-                                           std::optional<Tensor> bias, double eps, bool silu,
-                                           std::optional<Tensor> add, std::optional<Tensor> scale,
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, int64_t num_groups,
+                                           std::optional<Tensor> weight, std::optional<Tensor> bias,
+                                           double eps, bool silu, std::optional<Tensor> add,
+                                           std::optional<Tensor> scale,
                                            std::optional<Tensor> shift) {
   Params p = make_params(x, num_groups, weight, bias, eps, add, scale, shift);
   const bool columns = is_channels_last("x", x);
@@ -154,7 +160,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, int64_t num_groups, std::op
   const int64_t group_size = p.channels / p.groups * p.positions, groups = p.samples * p.groups;
   const bool by_group = !columns && (group_size <= kSmallGroup || groups >= kEnoughGroups);
   p.parts = by_group ? 1 : parts_of(p, columns);
-  Tensor partial = torch::stable::new_empty(x, {by_group ? 0 : p.samples * p.parts * p.channels * 2}, ScalarType::Float);
+  Tensor partial = torch::stable::new_empty(
+      x, {by_group ? 0 : p.samples * p.parts * p.channels * 2}, ScalarType::Float);
   p.partial = static_cast<float*>(partial.mutable_data_ptr());
 
   with_types(x, silu, packs_fit(p, x, columns), [&](auto* element, auto silu_constant, auto pack) {
@@ -165,7 +172,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, int64_t num_groups, std::op
       const int64_t bytes = group_size * int64_t(sizeof(T));
       const bool cached = bytes <= kSharedBytes;
       group_norm_silu_fwd_kernel<T, kSilu, kPack>
-          <<<grid(groups, "N * num_groups"), kThreads, cached ? size_t(bytes) : 0, launch.stream()>>>(p, cached);
+          <<<grid(groups, "N * num_groups"), kThreads, cached ? size_t(bytes) : 0,
+             launch.stream()>>>(p, cached);
       return;
     }
     const unsigned parts = grid(p.parts, "parts", 65535);
@@ -177,11 +185,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, int64_t num_groups, std::op
       const dim3 blocks(grid(p.samples * p.channels, "N * C"), parts);
       row_statistics_kernel<T, kPack><<<blocks, kThreads, 0, launch.stream()>>>(p);
     }
-    merge_statistics_kernel<<<grid(groups, "N * num_groups"), kThreads, 0, launch.stream()>>>(p, columns ? 1 : kPack);
+    merge_statistics_kernel<<<grid(groups, "N * num_groups"), kThreads, 0, launch.stream()>>>(
+        p, columns ? 1 : kPack);
     if (columns) {
-      apply_fwd_kernel<T, kSilu, kPack, true><<<elementwise_blocks(p, kPack), kThreads, 0, launch.stream()>>>(p);
+      apply_fwd_kernel<T, kSilu, kPack, true>
+          <<<elementwise_blocks(p, kPack), kThreads, 0, launch.stream()>>>(p);
     } else {
-      apply_fwd_kernel<T, kSilu, kPack, false><<<elementwise_blocks(p, kPack), kThreads, 0, launch.stream()>>>(p);
+      apply_fwd_kernel<T, kSilu, kPack, false>
+          <<<elementwise_blocks(p, kPack), kThreads, 0, launch.stream()>>>(p);
     }
   });
   launch.check(kOp);
@@ -189,21 +200,24 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, int64_t num_groups, std::op
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor grad, Tensor x, Tensor mean, Tensor rstd, int64_t num_groups, std::optional<Tensor> weight,
-    std::optional<Tensor> bias, bool silu, std::optional<Tensor> add, std::optional<Tensor> scale,
-    std::optional<Tensor> shift) {
+    Tensor grad, Tensor x, Tensor mean, Tensor rstd, int64_t num_groups,
+    std::optional<Tensor> weight, std::optional<Tensor> bias, bool silu, std::optional<Tensor> add,
+    std::optional<Tensor> scale, std::optional<Tensor> shift) {
   Params p = make_params(x, num_groups, weight, bias, 0., add, scale, shift);
   const bool columns = is_channels_last("x", x);
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.dim() == x.dim(), kOp,
                   ": grad must have the shape and dtype of x");
   for (int64_t d = 0; d < x.dim(); ++d) check_size(kOp, "grad", grad, d, x.size(d));
-  for (const auto& [name, t] : {std::pair<const char*, const Tensor*>{"mean", &mean}, {"rstd", &rstd}}) {
-    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->is_contiguous() && t->dim() == 2, kOp, ": ", name,
-                    " must be a contiguous float32 [N, num_groups]");
+  for (const auto& [name, t] :
+       {std::pair<const char*, const Tensor*>{"mean", &mean}, {"rstd", &rstd}}) {
+    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->is_contiguous() && t->dim() == 2,
+                    kOp, ": ", name, " must be a contiguous float32 [N, num_groups]");
     check_size(kOp, name, *t, 0, x.size(0));
     check_size(kOp, name, *t, 1, num_groups);
   }
-  const auto floats = [&](int64_t count) { return torch::stable::new_empty(x, {count}, ScalarType::Float); };
+  const auto floats = [&](int64_t count) {
+    return torch::stable::new_empty(x, {count}, ScalarType::Float);
+  };
   Tensor dx = torch::stable::empty_like(x);
   const int64_t per_channel = p.samples * p.channels;
   Tensor sums = floats(per_channel * 3), group_sums = floats(p.samples * p.groups * 2);
@@ -215,8 +229,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   if (x.numel() == 0) {
     torch::stable::zero_(small_out);
   } else {
-    STD_TORCH_CHECK(is_channels_last("grad", grad) == columns || x.is_contiguous() == grad.is_contiguous(), kOp,
-                    ": grad must have the layout of x");
+    STD_TORCH_CHECK(
+        is_channels_last("grad", grad) == columns || x.is_contiguous() == grad.is_contiguous(), kOp,
+        ": grad must have the layout of x");
     p.grad = grad.const_data_ptr();
     p.y = dx.mutable_data_ptr();
     p.mean = static_cast<float*>(mean.mutable_data_ptr());
@@ -227,28 +242,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor partial = floats(p.samples * p.parts * p.channels * 3);
     p.partial = static_cast<float*>(partial.mutable_data_ptr());
     const Launch launch(x);
-    with_types(x, silu, packs_fit(p, x, columns), [&](auto* element, auto silu_constant, auto pack) {
-      using T = std::remove_pointer_t<decltype(element)>;
-      constexpr bool kSilu = decltype(silu_constant)::value;
-      constexpr int kPack = decltype(pack)::value;
-      const unsigned parts = grid(p.parts, "parts", 65535);
-      const unsigned groups = grid(p.samples * p.groups, "N * num_groups");
-      if (columns) {
-        const int64_t packs = (p.channels / kPack + kWarp - 1) / kWarp;
-        const dim3 blocks(grid(packs, "C"), parts, grid(p.samples, "N", 65535));
-        column_sums_kernel<T, kSilu, kPack><<<blocks, kThreads, 0, launch.stream()>>>(p);
-      } else {
-        const dim3 blocks(grid(per_channel, "N * C"), parts);
-        row_sums_kernel<T, kSilu, kPack><<<blocks, kThreads, 0, launch.stream()>>>(p);
-      }
-      merge_sums_kernel<<<groups, kThreads, 0, launch.stream()>>>(p);
-      if (columns) {
-        apply_bwd_kernel<T, kSilu, kPack, true><<<elementwise_blocks(p, kPack), kThreads, 0, launch.stream()>>>(p);
-      } else {
-        apply_bwd_kernel<T, kSilu, kPack, false><<<elementwise_blocks(p, kPack), kThreads, 0, launch.stream()>>>(p);
-      }
-      small_gradients_kernel<<<grid((p.channels + kThreads - 1) / kThreads, "C"), kThreads, 0, launch.stream()>>>(p, out);
-    });
+    with_types(x, silu, packs_fit(p, x, columns),
+               [&](auto* element, auto silu_constant, auto pack) {
+                 using T = std::remove_pointer_t<decltype(element)>;
+                 constexpr bool kSilu = decltype(silu_constant)::value;
+                 constexpr int kPack = decltype(pack)::value;
+                 const unsigned parts = grid(p.parts, "parts", 65535);
+                 const unsigned groups = grid(p.samples * p.groups, "N * num_groups");
+                 if (columns) {
+                   const int64_t packs = (p.channels / kPack + kWarp - 1) / kWarp;
+                   const dim3 blocks(grid(packs, "C"), parts, grid(p.samples, "N", 65535));
+                   column_sums_kernel<T, kSilu, kPack><<<blocks, kThreads, 0, launch.stream()>>>(p);
+                 } else {
+                   const dim3 blocks(grid(per_channel, "N * C"), parts);
+                   row_sums_kernel<T, kSilu, kPack><<<blocks, kThreads, 0, launch.stream()>>>(p);
+                 }
+                 merge_sums_kernel<<<groups, kThreads, 0, launch.stream()>>>(p);
+                 if (columns) {
+                   apply_bwd_kernel<T, kSilu, kPack, true>
+                       <<<elementwise_blocks(p, kPack), kThreads, 0, launch.stream()>>>(p);
+                 } else {
+                   apply_bwd_kernel<T, kSilu, kPack, false>
+                       <<<elementwise_blocks(p, kPack), kThreads, 0, launch.stream()>>>(p);
+                 }
+                 small_gradients_kernel<<<grid((p.channels + kThreads - 1) / kThreads, "C"),
+                                          kThreads, 0, launch.stream()>>>(p, out);
+               });
     launch.check(kOp);
   }
   const auto give = [&](const std::optional<Tensor>& like, int64_t start) {

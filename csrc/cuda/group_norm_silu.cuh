@@ -1,8 +1,8 @@
 // Device code of group_norm_silu. No torch header: the emulator compiles this very file.
 //
 // [N, C, positions] tensors whose groups fit a block are done by one kernel that reads x once.
-// Everything else goes in parts: statistics of every channel in every part of the positions, a merge
-// per group in a fixed order, and an elementwise pass. No atomics anywhere.
+// Everything else goes in parts: statistics of every channel in every part of the positions, a
+// merge per group in a fixed order, and an elementwise pass. No atomics anywhere.
 #pragma once
 
 #include "pack.cuh"
@@ -34,11 +34,11 @@ struct Params {
   const void* grad;  // backward only
   void* y;           // the output, or dx
   SmallTensor weight, bias, add, scale, shift;
-  float* mean;       // [N, groups]
-  float* rstd;       // [N, groups]
-  float* partial;    // [N, parts, C, 2] forward, [N, parts, C, 3] backward
-  float* sums;       // backward: [N, C, 3], sums of dz, dz * xhat and xhat
-  float* group_sums; // backward: [N, groups, 2], sums of gain * dz and gain * dz * xhat
+  float* mean;        // [N, groups]
+  float* rstd;        // [N, groups]
+  float* partial;     // [N, parts, C, 2] forward, [N, parts, C, 3] backward
+  float* sums;        // backward: [N, C, 3], sums of dz, dz * xhat and xhat
+  float* group_sums;  // backward: [N, groups, 2], sums of gain * dz and gain * dz * xhat
   int64_t samples, channels, positions, groups, parts;
   float eps;
 
@@ -59,7 +59,8 @@ struct Channel {
     const int64_t group = n * p.groups + c / p.per_group();
     set(p, n, c, p.mean[group], p.rstd[group]);
   }
-  __device__ __forceinline__ Channel(const Params& p, int64_t n, int64_t c, float mean, float rstd) {
+  __device__ __forceinline__ Channel(const Params& p, int64_t n, int64_t c, float mean,
+                                     float rstd) {
     set(p, n, c, mean, rstd);
   }
   __device__ __forceinline__ void set(const Params& p, int64_t n, int64_t c, float mean, float r) {
@@ -88,7 +89,8 @@ __device__ __forceinline__ int64_t part_begin(const Params& p, int64_t part) {
 
 // ---- [N, C, positions], a group per block ----
 
-// Keeps the group in shared memory (as T) between its three readings where `cached`, else rereads it.
+// Keeps the group in shared memory (as T) between its three readings where `cached`, else rereads
+// it.
 template <typename T, bool kSilu, int kPack>
 __global__ void __launch_bounds__(kThreads) group_norm_silu_fwd_kernel(Params p, bool cached) {
   VITKIT_DYNAMIC_SHARED(shared_bytes);
@@ -172,7 +174,8 @@ __global__ void __launch_bounds__(kThreads) row_statistics_kernel(Params p) {
   if (threadIdx.x == 0) store_moments(p, row / p.channels, part, row % p.channels, m);
 }
 
-// Channels last. One block: kWarp packs of channels of one part; warps take turns over its positions.
+// Channels last. One block: kWarp packs of channels of one part; warps take turns over its
+// positions.
 template <typename T, int kPack>
 __global__ void __launch_bounds__(kThreads) column_statistics_kernel(Params p) {
   constexpr int kWarps = kThreads / kWarp;
@@ -202,7 +205,8 @@ __global__ void __launch_bounds__(kThreads) column_statistics_kernel(Params p) {
 
 // One block: a group. Parts of a channel, then channels, each thread a fixed share.
 // `rows_pack`: what row_statistics_kernel rounded its parts to, 1 for columns.
-static __global__ void __launch_bounds__(kThreads) merge_statistics_kernel(Params p, int rows_pack) {
+static __global__ void __launch_bounds__(kThreads)
+    merge_statistics_kernel(Params p, int rows_pack) {
   const int64_t group = blockIdx.x, n = group / p.groups, first = group % p.groups * p.per_group();
   Moments m;
   for (int64_t i = threadIdx.x; i < p.per_group() * p.parts; i += kThreads) {
@@ -305,7 +309,8 @@ __global__ void __launch_bounds__(kThreads) column_sums_kernel(Params p) {
     for (int64_t i = part_begin(p, part) + warp; i < part_begin(p, part + 1); i += kWarps) {
       const P v = P::load(x + i * p.channels), g = P::load(grad + i * p.channels);
 #pragma unroll
-      for (int k = 0; k < kPack; ++k) s[k].template add<kSilu>(Channel(p, n, c + k), v.get(k), g.get(k));
+      for (int k = 0; k < kPack; ++k)
+        s[k].template add<kSilu>(Channel(p, n, c + k), v.get(k), g.get(k));
     }
   }
 #pragma unroll
@@ -378,7 +383,8 @@ struct SmallGradients {
   float *weight, *bias, *add, *scale, *shift;
 };
 
-static __global__ void __launch_bounds__(kThreads) small_gradients_kernel(Params p, SmallGradients out) {
+static __global__ void __launch_bounds__(kThreads)
+    small_gradients_kernel(Params p, SmallGradients out) {
   const int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (c >= p.channels) return;
   const float positions = float(p.positions), inverse = 1.f / (float(p.per_group()) * positions);
@@ -391,7 +397,8 @@ static __global__ void __launch_bounds__(kThreads) small_gradients_kernel(Params
     bias += factor * s[0];
     out.scale[i] = p.weight.at(n, c, 1.f) * s[1] + p.bias.at(n, c, 0.f) * s[0];
     out.shift[i] = s[0];
-    const float mean_g1 = p.group_sums[group * 2] * inverse, mean_g2 = p.group_sums[group * 2 + 1] * inverse;
+    const float mean_g1 = p.group_sums[group * 2] * inverse,
+                mean_g2 = p.group_sums[group * 2 + 1] * inverse;
     out.add[i] = p.rstd[group] * (p.gain(n, c) * s[0] - positions * mean_g1 - s[2] * mean_g2);
   }
   out.weight[c] = weight;

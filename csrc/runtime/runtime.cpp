@@ -1,4 +1,5 @@
-// vitkit._runtime: facts of this build. It links neither torch nor CUDA, so it can be imported anywhere.
+// vitkit._runtime: facts of this build. It links neither torch nor CUDA, so it can be imported
+// anywhere.
 #include <pybind11/pybind11.h>
 
 #include "build_facts.h"
@@ -9,7 +10,8 @@ PYBIND11_MODULE(_runtime, m) {
   m.doc() = "Facts of vitkit's native build.";
   m.def(
       "build_facts", [] { return py::module_::import("json").attr("loads")(VITKIT_BUILD_FACTS); },
-      "Compiler, nvcc, CPU instruction sets and CUDA architectures this build contains, and what is missing and why.");
+      "Compiler, nvcc, CPU instruction sets and CUDA architectures this build contains, and what "
+      "is missing and why.");
   m.def(
       "cpu_features",
       [] {

@@ -46,26 +46,32 @@ SHARED_LIMIT = {
     "hip": 64 << 10,
 }
 _MATMUL = re.compile(r"HMMA|HGMMA|QGMMA|UTC\w*MMA|v_mfma")
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
+_SPILL = re.compile(r"LDL|STL|scratch_")
+_LOAD = re.compile(r"LDG|UTMALDG|UBLKCP|(global|buffer)_load")
+_WIDE = re.compile(r"\.(64|128)\b|x[24]\b|UTMALDG|UBLKCP")
+# Labels and instruction names of nvdisasm and of AMD's assembler.
+_SASS = re.compile(
+    r"^(?:(\.L_x_\d+):|\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*))", re.M
+)
+_GCN = re.compile(r"^(?:(\.LBB\w+):|\s+([a-z]\w+))", re.M)
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel of one call on one architecture. ``spills``: loads and stores of spilled
-    registers in the code; ``matmul``: tensor core instructions; ``wide``: global loads and
-    asynchronous copies of 8 bytes and more, of ``loads`` in all."""
+    """One kernel of one call on one architecture."""
 
     spec: str
     kernel: str
     arch: str
-    registers: int
-    spills: int
-    shared: int
-    matmul: int
-    loads: int
-    wide: int
     warps: int
+    registers: int  # per thread
+    spills: int  # instructions that save or restore a register
+    hot_spills: int  # of them, in the blocks with matrix instructions: the inner loops
+    shared: int  # bytes
+    matmul: int  # matrix instructions
+    loads: int  # loads from global memory, asynchronous copies included
+    wide: int  # of them, of 8 bytes and more per thread
     expects_matmul: bool
 
 
@@ -102,30 +108,38 @@ def _nvidia(cubin: bytes) -> tuple[int, str]:
     return int(usage.group(1)), code
 
 
-def _instructions(compiled: Any, arch: str) -> tuple[int, list[str]]:
-    """(registers, instruction names in program order)."""
+def _blocks(compiled: Any, arch: str) -> tuple[int, list[list[str]]]:
+    """(registers, instruction names of each block between two labels)."""
     if arch == "hip":
         code = compiled.asm["amdgcn"]
-        registers = int(re.findall(r"\.vgpr_count:\s+(\d+)", code)[0])
-        spilled = int(re.findall(r"\.vgpr_spill_count:\s+(\d+)", code)[0])
-        return registers, re.findall(r"^\s+([a-z]\w+)", code, re.M) + ["SPILL"] * spilled
-    registers, code = _nvidia(compiled.asm["cubin"])
-    return registers, _INSTRUCTION.findall(code)
+        registers, pattern = int(re.findall(r"\.vgpr_count:\s+(\d+)", code)[0]), _GCN
+    else:
+        registers, code = _nvidia(compiled.asm["cubin"])
+        pattern = _SASS
+    blocks: list[list[str]] = [[]]
+    for label, name in pattern.findall(code):
+        if label:
+            blocks.append([])
+        else:
+            blocks[-1].append(name)
+    return registers, blocks
 
 
 def inspect(compiled: Any, arch: str) -> dict[str, int]:
-    """Registers, spills, shared memory and instruction counts of a compiled kernel."""
-    registers, names = _instructions(compiled, arch)
-    loads = [n for n in names if re.match(r"LDG|LDGSTS|UTMALDG|UBLKCP|(global|buffer)_load", n)]
-    wide = [n for n in loads if re.search(r"\.(64|128)\b|x[24]\b|UTMALDG|UBLKCP", n)]
+    """The counts of a :class:`Row`."""
+    registers, blocks = _blocks(compiled, arch)
+    hot = [block for block in blocks if any(map(_MATMUL.match, block))]
+    names = [name for block in blocks for name in block]
+    loads = list(filter(_LOAD.match, names))
     return {
-        "registers": registers,
-        "spills": sum(n.startswith(("LDL", "STL", "SPILL")) for n in names),
-        "shared": compiled.metadata.shared,
-        "matmul": sum(bool(_MATMUL.match(n)) for n in names),
-        "loads": len(loads),
-        "wide": len(wide),
         "warps": compiled.metadata.num_warps,
+        "registers": registers,
+        "spills": sum(map(bool, map(_SPILL.match, names))),
+        "hot_spills": sum(bool(_SPILL.match(name)) for block in hot for name in block),
+        "shared": compiled.metadata.shared,
+        "matmul": sum(map(bool, map(_MATMUL.match, names))),
+        "loads": len(loads),
+        "wide": sum(map(bool, map(_WIDE.search, loads))),
     }
 
 
@@ -152,14 +166,15 @@ def main() -> None:
     options = parser.parse_args()
     rows = table(tuple(options.arch or TARGETS), tuple(options.names))
     if not options.json:
-        print(f"{'arch':6} {'regs':>4} {'spill':>5} {'shared':>7} {'matmul':>6} {'wide/loads':>10}")
+        print("arch   regs spills (hot)  shared matmul  wide/loads")
     for row in rows:
         if options.json:
             print(json.dumps(asdict(row)), flush=True)
         else:
             print(
-                f"{row.arch:6} {row.registers:4} {row.spills:5} {row.shared:7} {row.matmul:6}"
-                f" {row.wide:4}/{row.loads:<5} {row.kernel}, {row.warps} warps: {row.spec}",
+                f"{row.arch:6} {row.registers:4} {row.spills:6} {row.hot_spills:5} {row.shared:7}"
+                f" {row.matmul:6} {row.wide:5}/{row.loads:<5} {row.kernel}, {row.warps} warps:"
+                f" {row.spec}",
                 flush=True,
             )
 

@@ -63,9 +63,7 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(
-    ptr, tokens, stride, valid, x, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
-):
+def store_rows(ptr, tokens, stride, valid, x, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     """The inverse of load_rows, rounding to the type of ptr."""
     rows = ptr + (tokens * stride)[:, None]
     dtype = ptr.dtype.element_ty

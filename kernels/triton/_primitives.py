@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
 import triton
 import triton.language as tl
 
@@ -40,7 +41,7 @@ class Device:
         return cls(arch, _TYPICAL_UNITS[arch])
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _cuda_device(index: int) -> Device:
     facts = torch.cuda.get_device_properties(index)
     if torch.version.hip:
@@ -100,7 +101,7 @@ def _is_bf16(arg: Any) -> bool:
     return isinstance(arg, torch.Tensor) and arg.dtype == torch.bfloat16
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _require_bf16_in_interpreter() -> None:
     """Triton's interpreter (3.6 to 3.9 at least) computes bfloat16 on its bit patterns and says
     nothing: refuse instead of returning garbage."""

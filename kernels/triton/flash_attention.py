@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+
 import triton
 import triton.language as tl
 
@@ -523,3 +524,30 @@ def plan_backward(call: _Call, grad, grad_lse, out, lse, need_dbias):
         partial, launch = _dbias_launch(call, grad, lse, delta)
         launches.append(launch)
     return grads, partial, launches
+
+
+def aot_specs() -> list[AotSpec]:
+    """Calls worth compiling without a GPU: the lengths and head dims of ViT-B, SigLIP and long
+    sequences, a learned bias with its gradient, packed sequences."""
+
+    def call(name: str, n: int, head_dim: int, bias: bool = False, packed: bool = False) -> AotSpec:
+        def launches(device: Device) -> list[Launch]:
+            tokens, heads = (8 * n,) if packed else (8, n), 12
+            qkv = torch.empty(*tokens, 3, heads, head_dim, dtype=torch.bfloat16, device="meta")
+            q, k, v = qkv.unbind(-3)
+            shared = (1, heads, n, n)
+            term = torch.empty(shared, dtype=q.dtype, device="meta") if bias else None
+            cu = torch.empty(9, dtype=torch.int32, device="meta") if packed else None
+            arguments = (q, k, v, term, cu, cu, False, head_dim**-0.5, device)
+            out, lse, forward_launches = plan_forward(*arguments)
+            return forward_launches + plan_backward(_Call(*arguments), out, None, out, lse, bias)[2]
+
+        return AotSpec(name, launches, matmul=True)
+
+    return [
+        call("vit_b_197", 197, 64),
+        call("siglip_head_dim_72", 256, 72),
+        call("long_head_dim_128", 4096, 128),
+        call("beit_learned_bias", 197, 64, bias=True),
+        call("packed_head_dim_64", 256, 64, packed=True),
+    ]

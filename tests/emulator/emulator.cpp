@@ -63,7 +63,8 @@ bool finish_shuffles(size_t count) {
     const bool all = std::all_of(fibers.begin() + long(first), fibers.begin() + long(last),
                                  [](const auto& f) { return f->state == State::at_shuffle; });
     if (!all || last - first != 32) continue;
-    for (size_t i = first; i < last; ++i) fibers[i]->taken = fibers[first + size_t(fibers[i]->source)]->given;
+    for (size_t i = first; i < last; ++i)
+      fibers[i]->taken = fibers[first + size_t(fibers[i]->source)]->given;
     for (size_t i = first; i < last; ++i) fibers[i]->state = State::ready;
     any = true;
   }
@@ -95,8 +96,8 @@ bool run_block(size_t count, std::mt19937_64& random) {
       continue;
     }
     if (!progress) {
-      message = "deadlock: " + std::to_string(waiting) + " threads at a barrier, " + std::to_string(done) +
-                " ended, the others in a shuffle their warp does not share";
+      message = "deadlock: " + std::to_string(waiting) + " threads at a barrier, " +
+                std::to_string(done) + " ended, the others in a shuffle their warp does not share";
       return false;
     }
   }
@@ -115,7 +116,8 @@ uint64_t exchange(uint64_t value, int source) {
   return running->taken;
 }
 
-bool launch(dim3 grid, dim3 block, size_t shared_bytes, uint64_t seed, const std::function<void()>& kernel) {
+bool launch(dim3 grid, dim3 block, size_t shared_bytes, uint64_t seed,
+            const std::function<void()>& kernel) {
   const size_t count = size_t(block.x) * block.y * block.z;
   while (fibers.size() < count) fibers.push_back(std::make_unique<Fiber>());
   std::mt19937_64 random(seed);
@@ -126,8 +128,12 @@ bool launch(dim3 grid, dim3 block, size_t shared_bytes, uint64_t seed, const std
       for (unsigned x = 0; x < grid.x; ++x) {
         shared.assign(shared_bytes, 0xff);  // NaN in every float format
         for (size_t i = 0; i < count; ++i) {
-          fibers[i]->thread = {{unsigned(i % block.x), unsigned(i / block.x % block.y), unsigned(i / block.x / block.y)},
-                               {x, y, z}, block, grid, int(i % 32)};
+          fibers[i]->thread = {{unsigned(i % block.x), unsigned(i / block.x % block.y),
+                                unsigned(i / block.x / block.y)},
+                               {x, y, z},
+                               block,
+                               grid,
+                               int(i % 32)};
           start(*fibers[i]);
         }
         if (!run_block(count, random)) return false;

@@ -48,7 +48,8 @@ uint64_t exchange(uint64_t value, int source);
 
 // Runs `kernel` for every thread of every block. False if a block did something undefined: see
 // error().
-bool launch(dim3 grid, dim3 block, size_t shared_bytes, uint64_t seed, const std::function<void()>& kernel);
+bool launch(dim3 grid, dim3 block, size_t shared_bytes, uint64_t seed,
+            const std::function<void()>& kernel);
 const char* error();
 
 template <typename T>

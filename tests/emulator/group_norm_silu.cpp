@@ -48,17 +48,17 @@ bool emulated_forward(const Call* call) {
     const unsigned groups = unsigned(p.samples * p.groups);
     if (call->by_group) {
       const size_t bytes = call->cached ? size_t(p.per_group() * p.positions) * sizeof(T) : 0;
-      return emulator::launch(groups, kThreads, bytes, seed,
-                              [&] { group_norm_silu_fwd_kernel<T, kSilu, kPack>(p, call->cached); });
+      return emulator::launch(groups, kThreads, bytes, seed, [&] {
+        group_norm_silu_fwd_kernel<T, kSilu, kPack>(p, call->cached);
+      });
     }
     const unsigned parts = unsigned(p.parts);
     const unsigned columns = unsigned((p.channels / kPack + kWarp - 1) / kWarp);
     const bool statistics =
-        call->columns
-            ? emulator::launch({columns, parts, unsigned(p.samples)}, kThreads, 0, seed,
-                               [&] { column_statistics_kernel<T, kPack>(p); })
-            : emulator::launch({unsigned(p.samples * p.channels), parts}, kThreads, 0, seed,
-                               [&] { row_statistics_kernel<T, kPack>(p); });
+        call->columns ? emulator::launch({columns, parts, unsigned(p.samples)}, kThreads, 0, seed,
+                                         [&] { column_statistics_kernel<T, kPack>(p); })
+                      : emulator::launch({unsigned(p.samples * p.channels), parts}, kThreads, 0,
+                                         seed, [&] { row_statistics_kernel<T, kPack>(p); });
     return statistics &&
            emulator::launch(groups, kThreads, 0, seed,
                             [&] { merge_statistics_kernel(p, call->columns ? 1 : kPack); }) &&
@@ -81,13 +81,14 @@ bool emulated_backward(const Call* call) {
     constexpr int kPack = decltype(pack)::value;
     const unsigned parts = unsigned(p.parts);
     const unsigned columns = unsigned((p.channels / kPack + kWarp - 1) / kWarp);
-    const bool sums =
-        call->columns ? emulator::launch({columns, parts, unsigned(p.samples)}, kThreads, 0, seed,
-                                         [&] { column_sums_kernel<T, kSilu, kPack>(p); })
-                      : emulator::launch({unsigned(p.samples * p.channels), parts}, kThreads, 0, seed,
-                                         [&] { row_sums_kernel<T, kSilu, kPack>(p); });
+    const bool sums = call->columns
+                          ? emulator::launch({columns, parts, unsigned(p.samples)}, kThreads, 0,
+                                             seed, [&] { column_sums_kernel<T, kSilu, kPack>(p); })
+                          : emulator::launch({unsigned(p.samples * p.channels), parts}, kThreads, 0,
+                                             seed, [&] { row_sums_kernel<T, kSilu, kPack>(p); });
     return sums &&
-           emulator::launch(unsigned(p.samples * p.groups), kThreads, 0, seed, [&] { merge_sums_kernel(p); }) &&
+           emulator::launch(unsigned(p.samples * p.groups), kThreads, 0, seed,
+                            [&] { merge_sums_kernel(p); }) &&
            emulator::launch(2, kThreads, 0, seed,
                             [&] {
                               if (call->columns) {

@@ -1,10 +1,12 @@
-// Runs flash_attention's CPU gradient kernel of one instruction set, without PyTorch, against float64.
+// Runs flash_attention's CPU gradient kernel of one instruction set, without PyTorch, against
+// float64.
 //
-// Compiled together with csrc/cpu/flash_attention_bwd_kernel.cpp and the same -DVITKIT_ISA and flags; with
-// -DVITKIT_EMULATE_AMX also where there is no AMX. Every case checks dq, dk, dv and dbias by the project's rule, the
-// yardstick being the gradient formula in the element type with a rounding after every operation. Inputs and outputs lie
-// before a canary, scratch, sums and outputs start as NaN, and the work is done twice, with the lanes of every step in
-// opposite order, which must agree bit by bit.
+// Compiled together with csrc/cpu/flash_attention_bwd_kernel.cpp and the same -DVITKIT_ISA and
+// flags; with -DVITKIT_EMULATE_AMX also where there is no AMX. Every case checks dq, dk, dv and
+// dbias by the project's rule, the yardstick being the gradient formula in the element type with a
+// rounding after every operation. Inputs and outputs lie before a canary, scratch, sums and outputs
+// start as NaN, and the work is done twice, with the lanes of every step in opposite order, which
+// must agree bit by bit.
 //
 //   attention_backward_driver [substring of a case name]      exit code 0: every case passed
 #include "attention_driver.h"
@@ -47,8 +49,18 @@ struct Head {
   std::vector<double> s, p, lse, out, dp, ds, dq, dk, dv;
 
   Head(int64_t nq, int64_t nk, int64_t d)
-      : nq(nq), nk(nk), d(d), s(size_t(nq * nk)), p(s), lse(size_t(nq)), out(size_t(nq * d)), dp(s), ds(s), dq(out),
-        dk(size_t(nk * d)), dv(dk) {}
+      : nq(nq),
+        nk(nk),
+        d(d),
+        s(size_t(nq * nk)),
+        p(s),
+        lse(size_t(nq)),
+        out(size_t(nq * d)),
+        dp(s),
+        ds(s),
+        dq(out),
+        dk(size_t(nk * d)),
+        dv(dk) {}
 };
 
 class Run {
@@ -68,7 +80,8 @@ class Run {
       for (int64_t b = 0; b < dense_batch(); ++b)
         for (int64_t h = 0; h < c.heads; ++h) q_.set(index(b, h, c.nan_row, c.nq) + 3, NAN);
     if (c.bias == Bias::row_mask)
-      for (int64_t j = 0; j < c.nk; ++j) bias_.set(c.nk * (c.nq / 2) + j, 0);  // one row attends nothing
+      for (int64_t j = 0; j < c.nk; ++j)
+        bias_.set(c.nk * (c.nq / 2) + j, 0);  // one row attends nothing
     dbias_exact_.assign(size_t(bias_elements()), 0);
     dbias_plain_ = dbias_exact_;
     for (int64_t b = 0; b < c.batch; ++b)
@@ -81,8 +94,10 @@ class Run {
 
   bool check() {
     const Result a = run(false), b = run(true);
-    bool ok = q_.intact() && k_.intact() && v_.intact() && grad_.intact() && out_.intact() && bias_.intact();
-    for (const Result* r : {&a, &b}) ok &= r->dq.intact() && r->dk.intact() && r->dv.intact() && r->dbias.intact();
+    bool ok = q_.intact() && k_.intact() && v_.intact() && grad_.intact() && out_.intact() &&
+              bias_.intact();
+    for (const Result* r : {&a, &b})
+      ok &= r->dq.intact() && r->dk.intact() && r->dv.intact() && r->dbias.intact();
     if (!ok) std::printf("  canary overwritten\n");
     if (!(a.dq == b.dq && a.dk == b.dk && a.dv == b.dv && a.dbias == b.dbias)) {
       std::printf("  another order of the lanes gives another result\n");
@@ -102,7 +117,9 @@ class Run {
   bool packed() const { return !c_.starts_q.empty(); }
   int64_t dense_batch() const { return packed() ? 1 : c_.batch; }
   int64_t rows(int64_t n) const { return dense_batch() * n * c_.heads * c_.head_dim; }
-  int64_t first(int64_t b, const std::vector<int64_t>& starts) const { return packed() ? starts[size_t(b)] : 0; }
+  int64_t first(int64_t b, const std::vector<int64_t>& starts) const {
+    return packed() ? starts[size_t(b)] : 0;
+  }
   int64_t count(int64_t b, const std::vector<int64_t>& starts, int64_t n) const {
     return packed() ? starts[size_t(b) + 1] - starts[size_t(b)] : n;
   }
@@ -115,12 +132,16 @@ class Run {
   int64_t lse_index(int64_t b, int64_t h, int64_t i) const {
     return packed() ? h * c_.nq + c_.starts_q[size_t(b)] + i : (b * c_.heads + h) * c_.nq + i;
   }
-  double scale() const { return float(c_.scale == 0 ? 1 / std::sqrt(double(c_.head_dim)) : c_.scale); }
+  double scale() const {
+    return float(c_.scale == 0 ? 1 / std::sqrt(double(c_.head_dim)) : c_.scale);
+  }
 
   bool is_mask() const { return c_.bias == Bias::mask || c_.bias == Bias::row_mask; }
   bool wants_dbias() const { return c_.bias != Bias::none && !is_mask() && c_.need_dbias; }
   ElementType bias_type() const { return is_mask() ? ElementType::boolean : c_.bias_type; }
-  double bias_value() const { return is_mask() ? uniform() - 0.3 : (uniform() < 0.1 ? -kInf : normal()); }
+  double bias_value() const {
+    return is_mask() ? uniform() - 0.3 : (uniform() < 0.1 ? -kInf : normal());
+  }
 
   // Sizes of the bias, [batch, heads, nq, nk] or 1.
   std::array<int64_t, 4> bias_sizes() const {
@@ -149,20 +170,28 @@ class Run {
     const auto n = bias_sizes();
     const bool turned = c_.bias == Bias::transposed;
     const int64_t square = n[2] * n[3];
-    return {bias_.data(), bias_type(), n[0] > 1 ? n[1] * square : 0, n[1] > 1 ? square : 0,
-            n[2] > 1 ? (turned ? 1 : n[3]) : 0, n[3] > 1 ? (turned ? n[2] : 1) : 0};
+    return {bias_.data(),
+            bias_type(),
+            n[0] > 1 ? n[1] * square : 0,
+            n[1] > 1 ? square : 0,
+            n[2] > 1 ? (turned ? 1 : n[3]) : 0,
+            n[3] > 1 ? (turned ? n[2] : 1) : 0};
   }
   int64_t bias_index(int64_t b, int64_t h, int64_t i, int64_t j) {
     const BiasView v = bias_view();
     return b * v.batch_stride + h * v.head_stride + i * v.query_stride + j * v.key_stride;
   }
 
-  // The formula in double; or with sums in float, rounded to the element type after every operation.
+  // The formula in double; or with sums in float, rounded to the element type after every
+  // operation.
   Head head(int64_t b, int64_t h, bool plain) {
     Head r(queries(b), keys(b), c_.head_dim);
-    const auto add = [&](double& sum, double x) { sum = plain ? double(float(sum) + float(x)) : sum + x; };
+    const auto add = [&](double& sum, double x) {
+      sum = plain ? double(float(sum) + float(x)) : sum + x;
+    };
     const auto rounded = [&](double x) { return plain ? round_to(c_.type, x) : x; };
-    const int64_t q0 = index(b, h, first(b, c_.starts_q), c_.nq), k0 = index(b, h, first(b, c_.starts_k), c_.nk);
+    const int64_t q0 = index(b, h, first(b, c_.starts_q), c_.nq),
+                  k0 = index(b, h, first(b, c_.starts_k), c_.nk);
     const int64_t step = c_.heads * c_.head_dim, d = c_.head_dim;
     const auto grad = [&](int64_t at) { return grad_.at(c_.expanded_grad ? 0 : at); };
     for (int64_t i = 0; i < r.nq; ++i) {
@@ -204,19 +233,22 @@ class Run {
           add(r.dv[size_t(j * d + e)], p[j] * grad(qi + e));
         }
       }
-      for (int64_t e = 0; e < d; ++e) r.dq[size_t(i * d + e)] = rounded(rounded(r.dq[size_t(i * d + e)]) * scale());
+      for (int64_t e = 0; e < d; ++e)
+        r.dq[size_t(i * d + e)] = rounded(rounded(r.dq[size_t(i * d + e)]) * scale());
     }
     for (double& x : r.dk) x = rounded(x);
     for (double& x : r.dv) x = rounded(x);
     return r;
   }
 
-  void differentiate(int64_t b, int64_t h, int64_t i, int64_t n, double delta, bool plain, Head& r) {
+  void differentiate(int64_t b, int64_t h, int64_t i, int64_t n, double delta, bool plain,
+                     Head& r) {
     for (int64_t j = 0; j < n; ++j) {
       const size_t at = size_t(i * r.nk + j);
       r.ds[at] = r.lse[size_t(i)] == -kInf ? 0 : r.p[at] * (r.dp[at] - delta);
       if (plain) r.ds[at] = round_to(c_.type, r.ds[at]);
-      if (wants_dbias()) (plain ? dbias_plain_ : dbias_exact_)[size_t(bias_index(b, h, i, j))] += r.ds[at];
+      if (wants_dbias())
+        (plain ? dbias_plain_ : dbias_exact_)[size_t(bias_index(b, h, i, j))] += r.ds[at];
     }
   }
 
@@ -225,7 +257,8 @@ class Run {
     const int64_t at = index(b, h, first(b, c_.starts_q), c_.nq);
     for (int64_t i = 0; i < r.nq; ++i) {
       lse_[size_t(lse_index(b, h, i))] = float(r.lse[size_t(i)]);
-      for (int64_t e = 0; e < r.d; ++e) out_.set(at + i * c_.heads * r.d + e, r.out[size_t(i * r.d + e)]);
+      for (int64_t e = 0; e < r.d; ++e)
+        out_.set(at + i * c_.heads * r.d + e, r.out[size_t(i * r.d + e)]);
     }
   }
 
@@ -236,9 +269,20 @@ class Run {
 
   FlashBackward parameters(Result* to) {
     FlashBackward p{};
-    p.in = {c_.type, view(q_, c_.nq), view(k_, c_.nk), view(v_, c_.nk), bias_view(), c_.batch, c_.heads, c_.nq, c_.nk,
-            c_.head_dim, packed() ? c_.starts_q.data() : nullptr, packed() ? c_.starts_k.data() : nullptr,
-            float(scale()), c_.causal};
+    p.in = {c_.type,
+            view(q_, c_.nq),
+            view(k_, c_.nk),
+            view(v_, c_.nk),
+            bias_view(),
+            c_.batch,
+            c_.heads,
+            c_.nq,
+            c_.nk,
+            c_.head_dim,
+            packed() ? c_.starts_q.data() : nullptr,
+            packed() ? c_.starts_k.data() : nullptr,
+            float(scale()),
+            c_.causal};
     p.out = view(out_, c_.nq);
     p.grad = c_.expanded_grad ? RowsView{grad_.data(), 0, 0, 0} : view(grad_, c_.nq);
     p.grad_dim_stride = c_.expanded_grad ? 0 : 1;
@@ -260,7 +304,8 @@ class Run {
     return p;
   }
 
-  // As the host: elements of one score each are written, others summed in float32 (a scalar per key, until the end).
+  // As the host: elements of one score each are written, others summed in float32 (a scalar per
+  // key, until the end).
   BiasGradView dbias_view(char* to, std::vector<float>* sums) {
     const auto n = bias_sizes();
     const int64_t keys = c_.bias == Bias::scalar ? c_.nk : n[3], square = n[2] * keys;
@@ -269,19 +314,27 @@ class Run {
       sums->assign(size_t(n[0] * n[1] * square), 0.f);
       to = reinterpret_cast<char*>(sums->data());
     }
-    return {to, written ? bias_type() : ElementType::f32, !written, 0, n[0] > 1 ? n[1] * square : 0,
-            n[1] > 1 ? square : 0, n[2] > 1 ? keys : 0, keys > 1 ? 1 : 0};
+    return {to,
+            written ? bias_type() : ElementType::f32,
+            !written,
+            0,
+            n[0] > 1 ? n[1] * square : 0,
+            n[1] > 1 ? square : 0,
+            n[2] > 1 ? keys : 0,
+            keys > 1 ? 1 : 0};
   }
 
   Result run(bool reversed) {
     const auto nan = [] { return double(NAN); };
-    Result r{Array(c_.type, rows(c_.nq), nan), Array(c_.type, rows(c_.nk), nan), Array(c_.type, rows(c_.nk), nan),
+    Result r{Array(c_.type, rows(c_.nq), nan), Array(c_.type, rows(c_.nk), nan),
+             Array(c_.type, rows(c_.nk), nan),
              Array(bias_type(), bias_elements(), [] { return 0.; })};
     FlashBackward p = parameters(&r);
     std::vector<float> bias_sums;
     if (wants_dbias()) p.dbias = dbias_view(r.dbias.data(), &bias_sums);
     const FlashBackwardKernels& kernels = isa::flash_backward_kernels();
-    const Poisoned scratch(size_t(kernels.scratch_bytes(p))), sums(size_t(kernels.sums_floats(p)) * sizeof(float));
+    const Poisoned scratch(size_t(kernels.scratch_bytes(p))),
+        sums(size_t(kernels.sums_floats(p)) * sizeof(float));
     for (int64_t b = 0; b < c_.batch; ++b) {
       const BackwardGrid g = kernels.grid(p, queries(b), keys(b));
       for (int64_t h = 0; h < c_.heads; ++h)
@@ -303,7 +356,8 @@ class Run {
       for (int64_t h = 0; h < c_.heads; ++h) {
         const Head& e = exact_[size_t(b * c_.heads + h)];
         const Head& y = plain_[size_t(b * c_.heads + h)];
-        const int64_t at = index(b, h, first(b, n == c_.nq && member == &Head::dq ? c_.starts_q : c_.starts_k), n);
+        const int64_t at =
+            index(b, h, first(b, n == c_.nq && member == &Head::dq ? c_.starts_q : c_.starts_k), n);
         for (size_t i = 0; i < (e.*member).size(); ++i) {
           const int64_t row = int64_t(i) / c_.head_dim, column = int64_t(i) % c_.head_dim;
           ours.add(got.at(at + row * c_.heads * c_.head_dim + column), (e.*member)[i]);
@@ -330,12 +384,13 @@ class Run {
     return i - in + in % nq * nk + in / nq;
   }
 
-  bool report(const char* name, const Error& ours, const Error& plain, ElementType type, double terms) const {
+  bool report(const char* name, const Error& ours, const Error& plain, ElementType type,
+              double terms) const {
     const double eps = std::max(kEps[int(type)], kEps[int(c_.type)]);
     if (ours.within(plain, eps, terms)) return true;
-    std::printf("  %s: max error %.3g (plain %.3g, largest value %.3g), L2 %.3g (plain %.3g)%s\n", name, ours.max,
-                plain.max, ours.peak, std::sqrt(ours.square), std::sqrt(plain.square),
-                ours.wrong ? ", NaN or infinity" : "");
+    std::printf("  %s: max error %.3g (plain %.3g, largest value %.3g), L2 %.3g (plain %.3g)%s\n",
+                name, ours.max, plain.max, ours.peak, std::sqrt(ours.square),
+                std::sqrt(plain.square), ours.wrong ? ", NaN or infinity" : "");
     return false;
   }
 
@@ -358,8 +413,10 @@ std::vector<Case> cases(ElementType type) {
     all.push_back(c);
     return all.back();
   };
-  for (int64_t d : {8, 24, 40, 56, 64, 72, 80, 96, 136, 256}) add("head_dim_" + std::to_string(d), 19, 35, d);
-  for (int64_t n : {1, 2, 15, 16, 17, 31, 33, 48, 49, 64, 65, 97}) add("tokens_" + std::to_string(n), n, n, 32);
+  for (int64_t d : {8, 24, 40, 56, 64, 72, 80, 96, 136, 256})
+    add("head_dim_" + std::to_string(d), 19, 35, d);
+  for (int64_t n : {1, 2, 15, 16, 17, 31, 33, 48, 49, 64, 65, 97})
+    add("tokens_" + std::to_string(n), n, n, 32);
   add("no_keys", 5, 0, 16);
   add("no_queries", 0, 5, 16);
   add("no_grad_lse", 21, 22, 16).grad_lse = false;
@@ -378,9 +435,10 @@ std::vector<Case> cases(ElementType type) {
   add("large_scores", 33, 40, 64).magnitude = 3;
   add("nan_row", 40, 45, 32).nan_row = 17;
   const std::pair<const char*, Bias> biases[] = {
-      {"bias", Bias::dense},           {"bias_over_batch", Bias::over_batch}, {"bias_keys", Bias::per_key},
-      {"bias_queries", Bias::per_query}, {"bias_scalar", Bias::scalar},       {"bias_transposed", Bias::transposed},
-      {"mask", Bias::mask},            {"row_without_keys", Bias::row_mask}};
+      {"bias", Bias::dense},         {"bias_over_batch", Bias::over_batch},
+      {"bias_keys", Bias::per_key},  {"bias_queries", Bias::per_query},
+      {"bias_scalar", Bias::scalar}, {"bias_transposed", Bias::transposed},
+      {"mask", Bias::mask},          {"row_without_keys", Bias::row_mask}};
   for (const auto& [name, bias] : biases) {
     Case& c = add(name, 35, 51, 24);
     c.batch = 2;

@@ -1,5 +1,5 @@
-// What the stand-alone kernel drivers share: elements of any type, tensors with a canary behind them, random numbers, and
-// the project's tolerance rule.
+// What the stand-alone kernel drivers share: elements of any type, tensors with a canary behind
+// them, random numbers, and the project's tolerance rule.
 #pragma once
 
 #include <cmath>

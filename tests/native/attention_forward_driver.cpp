@@ -1,9 +1,11 @@
-// Runs flash_attention's CPU forward kernel of one instruction set, without PyTorch, against float64.
+// Runs flash_attention's CPU forward kernel of one instruction set, without PyTorch, against
+// float64.
 //
-// Compiled together with csrc/cpu/flash_attention_kernel.cpp and the same -DVITKIT_ISA and flags; with
-// -DVITKIT_EMULATE_AMX also where there is no AMX. Every case checks out and lse by the project's rule: at most twice the
-// error of the same computation done plainly in the element type, plus rounding. Inputs lie before a canary, scratch and
-// outputs start as NaN, and the work is done twice, in two different splits, which must agree bit by bit.
+// Compiled together with csrc/cpu/flash_attention_kernel.cpp and the same -DVITKIT_ISA and flags;
+// with -DVITKIT_EMULATE_AMX also where there is no AMX. Every case checks out and lse by the
+// project's rule: at most twice the error of the same computation done plainly in the element type,
+// plus rounding. Inputs lie before a canary, scratch and outputs start as NaN, and the work is done
+// twice, in two different splits, which must agree bit by bit.
 //
 //   attention_forward_driver [substring of a case name]      exit code 0: every case passed
 #include <algorithm>
@@ -38,7 +40,9 @@ constexpr double kInf = std::numeric_limits<double>::infinity();
 const char* const kTypeNames[] = {"f32", "bf16", "f16", "bool"};
 const double kEps[] = {0x1p-23, 0x1p-7, 0x1p-10};
 
-size_t size_of(ElementType t) { return t == ElementType::f32 ? 4 : (t == ElementType::boolean ? 1 : 2); }
+size_t size_of(ElementType t) {
+  return t == ElementType::f32 ? 4 : (t == ElementType::boolean ? 1 : 2);
+}
 
 double get(const char* p, ElementType t, int64_t i) {
   switch (t) {
@@ -72,7 +76,9 @@ double uniform() {
   state = state * 6364136223846793005u + 1442695040888963407u;
   return double(state >> 11) * 0x1p-53;
 }
-double normal() { return std::sqrt(-2 * std::log(uniform() + 1e-300)) * std::cos(6.283185307179586 * uniform()); }
+double normal() {
+  return std::sqrt(-2 * std::log(uniform() + 1e-300)) * std::cos(6.283185307179586 * uniform());
+}
 
 enum class Bias { none, dense, broadcast_batch, per_key, per_query, transposed, mask, row_mask };
 
@@ -97,7 +103,9 @@ struct Tensor {
   static constexpr size_t kCanary = 64;
 
   Tensor(ElementType type, int64_t elements, const std::function<double()>& fill)
-      : bytes(size_t(elements) * size_of(type) + kCanary, char(0xa5)), type(type), elements(elements) {
+      : bytes(size_t(elements) * size_of(type) + kCanary, char(0xa5)),
+        type(type),
+        elements(elements) {
     for (int64_t i = 0; i < elements; ++i) set(bytes.data(), type, i, fill());
   }
   double at(int64_t i) const { return get(bytes.data(), type, i); }
@@ -148,9 +156,11 @@ class Run {
     if (c.nan_row >= 0)
       for (int64_t b = 0; b < dense_batch(); ++b)
         for (int64_t h = 0; h < c.heads; ++h)
-          set(q_.bytes.data(), c.type, ((b * c.nq + c.nan_row) * c.heads + h) * c.head_dim + 3, NAN);
+          set(q_.bytes.data(), c.type, ((b * c.nq + c.nan_row) * c.heads + h) * c.head_dim + 3,
+              NAN);
     if (c.bias == Bias::row_mask)
-      for (int64_t j = 0; j < c.nk; ++j) bias_.bytes[size_t(c.nk * (c.nq / 2) + j)] = 0;  // one row attends nothing
+      for (int64_t j = 0; j < c.nk; ++j)
+        bias_.bytes[size_t(c.nk * (c.nq / 2) + j)] = 0;  // one row attends nothing
   }
 
   bool check() {
@@ -159,18 +169,22 @@ class Run {
     const std::vector<float> lse_again = run(true);
     bool ok = q_.intact() && k_.intact() && v_.intact() && out.intact() && out_->intact();
     if (!ok) std::printf("  canary overwritten\n");
-    if (out.bytes != out_->bytes || std::memcmp(lse.data(), lse_again.data(), lse.size() * 4) != 0) {
+    if (out.bytes != out_->bytes ||
+        std::memcmp(lse.data(), lse_again.data(), lse.size() * 4) != 0) {
       std::printf("  another split of the work gives another result\n");
       ok = false;
     }
     Error ours, plain, ours_lse, plain_lse;
     for (int64_t b = 0; b < c_.batch; ++b)
       for (int64_t h = 0; h < c_.heads; ++h)
-        for (int64_t i = 0; i < queries(b); ++i) compare(b, h, i, out, lse, ours, plain, ours_lse, plain_lse);
+        for (int64_t i = 0; i < queries(b); ++i)
+          compare(b, h, i, out, lse, ours, plain, ours_lse, plain_lse);
     const double eps = kEps[int(c_.type)];
     if (!ours.within(plain, eps, double(c_.nk))) {
-      std::printf("  out: max error %.3g (plain %.3g, largest value %.3g), L2 %.3g (plain %.3g)%s\n", ours.max, plain.max,
-                  ours.peak, std::sqrt(ours.square), std::sqrt(plain.square), ours.wrong ? ", NaN or infinity" : "");
+      std::printf(
+          "  out: max error %.3g (plain %.3g, largest value %.3g), L2 %.3g (plain %.3g)%s\n",
+          ours.max, plain.max, ours.peak, std::sqrt(ours.square), std::sqrt(plain.square),
+          ours.wrong ? ", NaN or infinity" : "");
       ok = false;
     }
     if (!ours_lse.within(plain_lse, eps, double(c_.head_dim))) {
@@ -185,9 +199,15 @@ class Run {
   bool packed() const { return !c_.starts_q.empty(); }
   int64_t dense_batch() const { return packed() ? 1 : c_.batch; }
   int64_t rows(int64_t n) const { return dense_batch() * n; }
-  int64_t queries(int64_t b) const { return packed() ? c_.starts_q[size_t(b) + 1] - c_.starts_q[size_t(b)] : c_.nq; }
-  int64_t keys(int64_t b) const { return packed() ? c_.starts_k[size_t(b) + 1] - c_.starts_k[size_t(b)] : c_.nk; }
-  double scale() const { return float(c_.scale == 0 ? 1 / std::sqrt(double(c_.head_dim)) : c_.scale); }
+  int64_t queries(int64_t b) const {
+    return packed() ? c_.starts_q[size_t(b) + 1] - c_.starts_q[size_t(b)] : c_.nq;
+  }
+  int64_t keys(int64_t b) const {
+    return packed() ? c_.starts_k[size_t(b) + 1] - c_.starts_k[size_t(b)] : c_.nk;
+  }
+  double scale() const {
+    return float(c_.scale == 0 ? 1 / std::sqrt(double(c_.head_dim)) : c_.scale);
+  }
 
   bool is_mask() const { return c_.bias == Bias::mask || c_.bias == Bias::row_mask; }
   ElementType bias_type() const { return is_mask() ? ElementType::boolean : c_.bias_type; }
@@ -244,15 +264,27 @@ class Run {
 
   RowsView view(Tensor& t, int64_t n, int64_t heads) const {
     const int64_t row = heads * c_.head_dim;
-    return {t.bytes.data(), packed() ? 0 : n * row, row, c_.broadcast && heads == 1 ? 0 : c_.head_dim};
+    return {t.bytes.data(), packed() ? 0 : n * row, row,
+            c_.broadcast && heads == 1 ? 0 : c_.head_dim};
   }
 
   Problem problem(float* lse) {
     Problem r;
     FlashForward& p = r.p;
-    p.in = {c_.type,  view(q_, c_.nq, c_.heads), view(k_, c_.nk, kv_heads_), view(v_, c_.nk, kv_heads_), bias_view(),
-            c_.batch, c_.heads, c_.nq, c_.nk, c_.head_dim, packed() ? c_.starts_q.data() : nullptr,
-            packed() ? c_.starts_k.data() : nullptr, float(scale()), c_.causal};
+    p.in = {c_.type,
+            view(q_, c_.nq, c_.heads),
+            view(k_, c_.nk, kv_heads_),
+            view(v_, c_.nk, kv_heads_),
+            bias_view(),
+            c_.batch,
+            c_.heads,
+            c_.nq,
+            c_.nk,
+            c_.head_dim,
+            packed() ? c_.starts_q.data() : nullptr,
+            packed() ? c_.starts_k.data() : nullptr,
+            float(scale()),
+            c_.causal};
     p.out = view(*out_, c_.nq, c_.heads);
     p.out.head_stride = c_.head_dim;
     p.lse = lse;
@@ -271,7 +303,8 @@ class Run {
 
   // All items in one call, or one by one from the last to the first. Returns lse; out is in out_.
   std::vector<float> run(bool piecewise) {
-    out_.reset(new Tensor(c_.type, rows(c_.nq) * c_.heads * c_.head_dim, [] { return double(NAN); }));
+    out_.reset(
+        new Tensor(c_.type, rows(c_.nq) * c_.heads * c_.head_dim, [] { return double(NAN); }));
     std::vector<float> lse(size_t(rows(c_.nq) * c_.heads), NAN);
     Problem r = problem(lse.data());
     if (packed()) r.p.first_item = r.first_item.data();
@@ -285,12 +318,14 @@ class Run {
     return lse;
   }
 
-  // Row i of head h: exact in double, and plainly in the element type with a rounding after every operation.
-  void compare(int64_t b, int64_t h, int64_t i, const Tensor& out, const std::vector<float>& lse, Error& ours,
-               Error& plain, Error& ours_lse, Error& plain_lse) const {
+  // Row i of head h: exact in double, and plainly in the element type with a rounding after every
+  // operation.
+  void compare(int64_t b, int64_t h, int64_t i, const Tensor& out, const std::vector<float>& lse,
+               Error& ours, Error& plain, Error& ours_lse, Error& plain_lse) const {
     const int64_t d = c_.head_dim, q_first = packed() ? c_.starts_q[size_t(b)] : b * c_.nq;
     const int64_t k_first = packed() ? c_.starts_k[size_t(b)] : b * c_.nk;
-    const int64_t n = c_.causal ? std::min(keys(b), i + 1) : keys(b), kv_head = c_.broadcast ? 0 : h;
+    const int64_t n = c_.causal ? std::min(keys(b), i + 1) : keys(b),
+                  kv_head = c_.broadcast ? 0 : h;
     const BiasView bias = bias_view();
     std::vector<double> s(size_t(n), 0), t(size_t(n), 0);
     double top = -kInf, plain_top = -kInf;
@@ -306,10 +341,12 @@ class Run {
       double& exact = s[size_t(j)] = sum * scale();
       double& rounded = t[size_t(j)] = round_to(c_.type, plain_sum);
       if (bias.data) {
-        const double x = get(bias.data, bias.type, b * bias.batch_stride + h * bias.head_stride + i * bias.query_stride +
-                                                       j * bias.key_stride);
+        const double x = get(bias.data, bias.type,
+                             b * bias.batch_stride + h * bias.head_stride + i * bias.query_stride +
+                                 j * bias.key_stride);
         exact = is_mask() ? (x > 0 ? exact : -kInf) : exact + x;
-        rounded = is_mask() ? (x > 0 ? rounded : -kInf) : round_to(c_.type, rounded + round_to(c_.type, x));
+        rounded = is_mask() ? (x > 0 ? rounded : -kInf)
+                            : round_to(c_.type, rounded + round_to(c_.type, x));
       }
       top = std::isnan(exact) ? exact : std::fmax(top, exact);
       plain_top = std::fmax(plain_top, rounded);
@@ -320,7 +357,8 @@ class Run {
       total += std::exp(s[size_t(j)] - (top == -kInf ? 0 : top));
       plain_total += float(std::exp(float(t[size_t(j)] - (plain_top == -kInf ? 0 : plain_top))));
     }
-    const double got_lse = lse[size_t(packed() ? h * c_.nq + q_first + i : (b * c_.heads + h) * c_.nq + i)];
+    const double got_lse =
+        lse[size_t(packed() ? h * c_.nq + q_first + i : (b * c_.heads + h) * c_.nq + i)];
     const double exact_lse = total == 0 ? -kInf : top + std::log(total);
     ours_lse.add(got_lse, exact_lse);
     plain_lse.add(total == 0 ? -kInf : float(plain_top + std::log(plain_total)), exact_lse);
@@ -355,8 +393,10 @@ std::vector<Case> cases(ElementType type) {
     all.push_back(c);
     return all.back();
   };
-  for (int64_t d : {8, 24, 40, 56, 64, 72, 80, 96, 136, 256}) add("head_dim_" + std::to_string(d), 19, 35, d);
-  for (int64_t n : {1, 2, 15, 16, 17, 31, 33, 48, 49, 64, 65, 97}) add("tokens_" + std::to_string(n), n, n, 32);
+  for (int64_t d : {8, 24, 40, 56, 64, 72, 80, 96, 136, 256})
+    add("head_dim_" + std::to_string(d), 19, 35, d);
+  for (int64_t n : {1, 2, 15, 16, 17, 31, 33, 48, 49, 64, 65, 97})
+    add("tokens_" + std::to_string(n), n, n, 32);
   add("no_keys", 5, 0, 16);
   add("one_query_many_keys", 1, 197, 64).heads = 3;
   add("cross_attention", 70, 77, 40).batch = 2;
@@ -375,8 +415,12 @@ std::vector<Case> cases(ElementType type) {
   struct {
     const char* name;
     Bias bias;
-  } biases[] = {{"bias", Bias::dense},          {"bias_batch", Bias::broadcast_batch}, {"bias_keys", Bias::per_key},
-                {"bias_queries", Bias::per_query}, {"bias_transposed", Bias::transposed}, {"mask", Bias::mask},
+  } biases[] = {{"bias", Bias::dense},
+                {"bias_batch", Bias::broadcast_batch},
+                {"bias_keys", Bias::per_key},
+                {"bias_queries", Bias::per_query},
+                {"bias_transposed", Bias::transposed},
+                {"mask", Bias::mask},
                 {"row_without_keys", Bias::row_mask}};
   for (const auto& b : biases) {
     Case& c = add(b.name, 35, 51, 24);

@@ -27,13 +27,18 @@ _MISSING = "<not there before vitkit.patch>"
 
 
 @cache
-def _rules_of(host: str) -> tuple[Rule, ...]:
-    return tuple(importlib.import_module(f"vitkit.patch.hosts.{HOSTS[host]}").RULES)
+def _rules_of(host: str) -> tuple[Rule, ...] | str:
+    """The rules for a host, or why they cannot be loaded (a version without some class)."""
+    try:
+        return tuple(importlib.import_module(f"vitkit.patch.hosts.{HOSTS[host]}").RULES)
+    except (ImportError, AttributeError) as error:
+        return f"the rules for {host} cannot be loaded: {error}"
 
 
 def _rules() -> list[Rule]:
     """Rules of the host libraries this process has imported; modules of another cannot exist."""
-    return [rule for host in HOSTS if host in sys.modules for rule in _rules_of(host)]
+    found = [_rules_of(host) for host in HOSTS if host in sys.modules]
+    return [rule for rules in found if not isinstance(rules, str) for rule in rules]
 
 
 def _why_untouchable(module: torch.nn.Module) -> str | None:
@@ -53,7 +58,9 @@ def _why_no_rule(module: torch.nn.Module, rules: list[Rule]) -> str | None:
         origin = parent.__module__.split(".")[0]
         return f"a subclass of {origin}'s {parent.__name__}: it may compute something else"
     if name.endswith("Attention") or "ResnetBlock" in name:
-        return f"no rule for {host}'s {name}"
+        rules_of_host = _rules_of(host) if host in HOSTS else ()
+        unloaded = rules_of_host if isinstance(rules_of_host, str) else None
+        return unloaded or f"no rule for {host}'s {name}"
     return None
 
 
@@ -79,11 +86,11 @@ class _Survey:
         rule = next((r for r in self.rules if type(module) is r.cls), None)
         if rule is None:
             return _why_no_rule(module, self.rules)
-        found = rule.plan(module)
+        reason = _why_untouchable(module) or rule.why_not()
+        found = reason or rule.plan(module)
         if not isinstance(found, Replacement):
             return found
-        reason = _why_untouchable(module) or rule.why_not()
-        return reason or self.why_no_kernel(module, rule.op) or found
+        return self.why_no_kernel(module, rule.op) or found
 
 
 def patch(

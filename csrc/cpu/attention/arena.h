@@ -5,7 +5,8 @@
 
 namespace vitkit::cpu::VITKIT_ISA {
 
-// Run once over a null base, the same code that hands out the arrays tells how many bytes they need.
+// Run once over a null base, the same code that hands out the arrays tells how many bytes they
+// need.
 struct Arena {
   char* next;
 
@@ -17,8 +18,8 @@ struct Arena {
   }
 };
 
-// Denormal operands cost a hundred cycles each; probabilities far below the row maximum are full of them. The
-// caller's floating-point mode is restored.
+// Denormal operands cost a hundred cycles each; probabilities far below the row maximum are full of
+// them. The caller's floating-point mode is restored.
 class FlushDenormals {
  public:
 #if defined(__x86_64__)

@@ -1,9 +1,11 @@
-// Attention gradient: which queries meet which keys, and when sums are begun and written. The arithmetic is a `Compute`
-// (backward_float32.h, backward_amx.h), the layout a token map, the bias a score term and a sink.
+// Attention gradient: which queries meet which keys, and when sums are begun and written. The
+// arithmetic is a `Compute` (backward_float32.h, backward_amx.h), the layout a token map, the bias
+// a score term and a sink.
 //
-// A cell is a range of queries against a range of keys. Its keys and values are packed once; blocks of queries then pass
-// by, and all five products happen while a block's scores are in cache:
-//   S = Q K^T, dP = dO V^T, P = exp(S - lse), dS = P (dP - delta), dV += P^T dO, dK += dS^T Q, dQ += dS K
+// A cell is a range of queries against a range of keys. Its keys and values are packed once; blocks
+// of queries then pass by, and all five products happen while a block's scores are in cache:
+//   S = Q K^T, dP = dO V^T, P = exp(S - lse), dS = P (dP - delta), dV += P^T dO, dK += dS^T Q, dQ
+//   += dS K
 // with delta = rowsum(dO O) - grad_lse. Sums over cells are kept in float32, per problem.
 #pragma once
 
@@ -38,7 +40,8 @@ VITKIT_INLINE BackwardGrid backward_grid(int64_t head_dim, bool fine, int64_t nq
   const int64_t keys = most_keys<Compute>(head_dim, fine);
   BackwardGrid g;
   g.key_range = range_of(nk, keys, Compute::kKeyStep);
-  g.query_range = range_of(nq, round_up(kQueriesPerKey * keys, Compute::kRowStep), Compute::kRowStep);
+  g.query_range =
+      range_of(nq, round_up(kQueriesPerKey * keys, Compute::kRowStep), Compute::kRowStep);
   g.key_ranges = nk > 0 ? (nk + g.key_range - 1) / g.key_range : 1;
   g.query_ranges = nq > 0 ? (nq + g.query_range - 1) / g.query_range : 1;
   return g;
@@ -64,8 +67,9 @@ struct Cell {
   }
 };
 
-// Queries [q0, q0 + rows) against keys [k0, k0 + nk). While it is computed, rows of the queries from `ahead` to
-// `ahead_end` are fetched: each lies in pages of its own, too far apart for the hardware to foresee.
+// Queries [q0, q0 + rows) against keys [k0, k0 + nk). While it is computed, rows of the queries
+// from `ahead` to `ahead_end` are fetched: each lies in pages of its own, too far apart for the
+// hardware to foresee.
 struct GradBlock {
   int64_t q0, rows, k0, nk, ahead, ahead_end;
 
@@ -83,14 +87,16 @@ VITKIT_INLINE int64_t visible(const Map& map, const GradBlock& b, int64_t r) {
   return keys < 0 ? 0 : (keys < b.nk ? keys : b.nk);
 }
 
-// What a row of scores is shifted by (its log-sum-exp in base-2 units, as a sum of two floats: rounding it would cost as
-// much accuracy as lse has lost already), and delta. An infinite shift makes P = dS = 0: a query that attends nothing.
+// What a row of scores is shifted by (its log-sum-exp in base-2 units, as a sum of two floats:
+// rounding it would cost as much accuracy as lse has lost already), and delta. An infinite shift
+// makes P = dS = 0: a query that attends nothing.
 struct RowConstants {
   float shift, shift_rest, delta;
 };
 
 template <typename T, typename Map>
-VITKIT_INLINE RowConstants row_constants(const Map& map, int64_t i, const T* grad, int64_t head_dim) {
+VITKIT_INLINE RowConstants row_constants(const Map& map, int64_t i, const T* grad,
+                                         int64_t head_dim) {
   const float lse = *map.lse(i);
   if (lse == -INFINITY) return {INFINITY, 0.f, 0.f};
   const double exact_shift = double(lse) * 1.4426950408889634;
@@ -109,9 +115,9 @@ VITKIT_INLINE RowConstants row_constants(const Map& map, int64_t i, const T* gra
 //   sums_floats(head_dim, nq, nk)         size of the float32 sums of a problem
 //   Compute(arena, head_dim, keys)        working memory for cells of at most `keys` keys
 //   attach(sums, nq, nk)                  the sums of a problem
-//   pack_keys(map, k0, nk)                then, for blocks of at most kBlockRows queries and these keys,
-//   block(map, term, sink, block, scale)
-//   clear_queries, clear_keys(first, n), write_queries, write_keys(map, first, n, scale)
+//   pack_keys(map, k0, nk)                then, for blocks of at most kBlockRows queries and these
+//   keys, block(map, term, sink, block, scale) clear_queries, clear_keys(first, n), write_queries,
+//   write_keys(map, first, n, scale)
 template <typename Compute, typename Map, typename Term, typename Sink>
 class Backward {
  public:
@@ -137,7 +143,8 @@ class Backward {
       const int64_t rows = nq - r < step ? nq - r : step;
       const int64_t after = r + rows + step;
       if (map_.causal && q0 + r + rows <= k0) continue;
-      compute_.block(map_, term_, sink_, {q0 + r, rows, k0, nk, q0 + r + rows, q0 + (after < nq ? after : nq)}, scale_);
+      compute_.block(map_, term_, sink_,
+                     {q0 + r, rows, k0, nk, q0 + r + rows, q0 + (after < nq ? after : nq)}, scale_);
     }
   }
 

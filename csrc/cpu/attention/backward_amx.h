@@ -1,9 +1,10 @@
-// The arithmetic of the attention gradient on AMX tiles, for bfloat16: products of bfloat16 with float32 sums, P and dS
-// in float32, rounded to bfloat16 for the products they enter.
+// The arithmetic of the attention gradient on AMX tiles, for bfloat16: products of bfloat16 with
+// float32 sums, P and dS in float32, rounded to bfloat16 for the products they enter.
 //
-// P and dS are never transposed: dV and dK are summed as dV^T = dO^T P and dK^T = Q^T dS, where they are right operands
-// (two rows of scores side by side), and turned around when they are written. A block of queries passes along strips of
-// 32 keys, so that between the first products and the last a strip of scores stays in the first-level cache.
+// P and dS are never transposed: dV and dK are summed as dV^T = dO^T P and dK^T = Q^T dS, where
+// they are right operands (two rows of scores side by side), and turned around when they are
+// written. A block of queries passes along strips of 32 keys, so that between the first products
+// and the last a strip of scores stays in the first-level cache.
 #pragma once
 
 #include "attention/forward_amx.h"
@@ -14,7 +15,8 @@
 
 namespace vitkit::cpu::VITKIT_ISA {
 
-// 16 lanes of `even` and of `odd`, rounded and interleaved: row r of a right operand from rows 2r and 2r + 1.
+// 16 lanes of `even` and of `odd`, rounded and interleaved: row r of a right operand from rows 2r
+// and 2r + 1.
 VITKIT_INLINE void store_interleaved(bf16* p, f32v even, f32v odd) {
   bf16 row[kTileK];
   store_pair(row, even, odd);
@@ -29,7 +31,9 @@ VITKIT_INLINE void store_interleaved(bf16* p, f32v even, f32v odd) {
 class TilePacker {
  public:
   explicit TilePacker(int64_t head_dim)
-      : head_dim_(head_dim), depth_(divide_up(head_dim, kTileK)), columns_(divide_up(head_dim, kTile)) {}
+      : head_dim_(head_dim),
+        depth_(divide_up(head_dim, kTileK)),
+        columns_(divide_up(head_dim, kTile)) {}
 
   // Left operand: tile (t, s) has rows 16 t ..., elements 32 s ... of the head.
   template <typename Row>
@@ -43,8 +47,8 @@ class TilePacker {
     }
   }
 
-  // Right operand of a product over the head: tile (t, s) has pairs of elements 32 s ... as rows, rows 16 t ... as
-  // columns.
+  // Right operand of a product over the head: tile (t, s) has pairs of elements 32 s ... as rows,
+  // rows 16 t ... as columns.
   template <typename Row>
   void columns(const Row& row, int64_t n, bf16* to) const {
     for (int64_t t = 0; t < divide_up(n, kTile); ++t)
@@ -59,8 +63,9 @@ class TilePacker {
       }
   }
 
-  // Operands of a product over rows. As a right operand, tile (t, s) has pairs of rows 32 t ... as rows, elements 16 s ...
-  // as columns; transposed, as a left operand, tile (s, t) has elements 16 s ... as rows, rows 32 t ... as columns.
+  // Operands of a product over rows. As a right operand, tile (t, s) has pairs of rows 32 t ... as
+  // rows, elements 16 s ... as columns; transposed, as a left operand, tile (s, t) has elements 16
+  // s ... as rows, rows 32 t ... as columns.
   template <typename Row>
   void pairs(const Row& row, int64_t n, bf16* right, bf16* left) const {
     const int64_t steps = divide_up(n, kTileK);
@@ -68,7 +73,8 @@ class TilePacker {
       for (int64_t s = 0; s < columns_; ++s) {
         f32v v[kTile];
         for (int r = 0; r < kTile; ++r)
-          v[r] = f32v(words(row(t * kTileK + 2 * r), s) | words(row(t * kTileK + 2 * r + 1), s) << 16);
+          v[r] =
+              f32v(words(row(t * kTileK + 2 * r), s) | words(row(t * kTileK + 2 * r + 1), s) << 16);
         if (right) std::memcpy(right + (t * columns_ + s) * kTileSize, v, sizeof(v));
         if (!left) continue;
         transpose16(v);
@@ -117,7 +123,8 @@ class AmxGradient {
   }
 
   static int64_t sums_floats(int64_t head_dim, int64_t nq, int64_t nk) {
-    return (divide_up(nq, kTile) + 4 * divide_up(nk, kTileK)) * divide_up(head_dim, kTile) * kTileSums;
+    return (divide_up(nq, kTile) + 4 * divide_up(nk, kTileK)) * divide_up(head_dim, kTile) *
+           kTileSums;
   }
 
   AmxGradient(Arena& arena, int64_t head_dim, int64_t keys)
@@ -161,7 +168,8 @@ class AmxGradient {
   void write_queries(const Map& map, int64_t first, int64_t n, float scale) const {
     for (int64_t i = first; i < first + n; ++i)
       for (int64_t s = 0; s < columns_; ++s)
-        write(load(dq_ + (i / kTile * columns_ + s) * kTileSums + i % kTile * kTile) * scale, s, map.dq_row(i));
+        write(load(dq_ + (i / kTile * columns_ + s) * kTileSums + i % kTile * kTile) * scale, s,
+              map.dq_row(i));
   }
   template <typename Map>
   void write_keys(const Map& map, int64_t first, int64_t n, float scale) const {
@@ -209,8 +217,10 @@ class AmxGradient {
 
   // The first n columns of tile (s, j) of transposed sums.
   template <typename Row>
-  void write_turned(const float* sums, int64_t j, int64_t s, int64_t n, float factor, const Row& row) const {
-    const float* tile = sums + (j / kTileK * columns_ + s) * kStripSums + j % kTileK / kTile * kTileSums;
+  void write_turned(const float* sums, int64_t j, int64_t s, int64_t n, float factor,
+                    const Row& row) const {
+    const float* tile =
+        sums + (j / kTileK * columns_ + s) * kStripSums + j % kTileK / kTile * kTileSums;
     f32v v[kTile];
     for (int r = 0; r < kTile; ++r) v[r] = load(tile + r * kTile) * factor;
     transpose16(v);
@@ -223,7 +233,8 @@ class AmxGradient {
     const bf16* grad_rows[kBlockRows];
     for (int64_t r = 0; r < kBlockRows; ++r) {
       grad_rows[r] = r < b.rows ? map.grad_row(b.q0 + r, rows_ + r * head_dim_) : nullptr;
-      constants_[r] = r < b.rows ? row_constants(map, b.q0 + r, grad_rows[r], head_dim_) : RowConstants{INFINITY, 0.f, 0.f};
+      constants_[r] = r < b.rows ? row_constants(map, b.q0 + r, grad_rows[r], head_dim_)
+                                 : RowConstants{INFINITY, 0.f, 0.f};
     }
     const auto q = [&](int64_t r) { return r < b.rows ? map.q_row(b.q0 + r) : nullptr; };
     const auto grad = [&](int64_t r) { return grad_rows[r]; };
@@ -234,19 +245,20 @@ class AmxGradient {
   }
 
   // Scores of up to two tiles of rows with the strip of keys t.
-  void products(int64_t r, int64_t rows, int64_t t, int64_t columns, const bf16* left, const bf16* right,
-                float* to) const {
-    tile_product(rows, columns,
-                 {left + r * depth_ * kTileSize, depth_ * kTileSize, right + 2 * t * depth_ * kTileSize,
-                  depth_ * kTileSize, kTileSize, depth_, to + r * kStripSums, kStripSums},
-                 false);
+  void products(int64_t r, int64_t rows, int64_t t, int64_t columns, const bf16* left,
+                const bf16* right, float* to) const {
+    tile_product(
+        rows, columns,
+        {left + r * depth_ * kTileSize, depth_ * kTileSize, right + 2 * t * depth_ * kTileSize,
+         depth_ * kTileSize, kTileSize, depth_, to + r * kStripSums, kStripSums},
+        false);
   }
 
-  // P and dS of a strip, into both operand layouts. Rows come in pairs; those beyond the block, up to what the products
-  // over rows read, and keys that a row does not attend are zero.
+  // P and dS of a strip, into both operand layouts. Rows come in pairs; those beyond the block, up
+  // to what the products over rows read, and keys that a row does not attend are zero.
   template <typename Map, typename Term, typename Sink>
-  void differentiate(const Map& map, const Term& term, const Sink& sink, const GradBlock& b, int64_t t, int64_t columns,
-                     float scale) const {
+  void differentiate(const Map& map, const Term& term, const Sink& sink, const GradBlock& b,
+                     int64_t t, int64_t columns, float scale) const {
     for (int64_t r = 0; r < divide_up(b.rows, kTileK) * kTileK; r += 2) {
       f32v p[2][2] = {}, ds[2][2] = {};
       for (int64_t i = r; i < r + 2 && i < b.rows; ++i) {
@@ -260,7 +272,8 @@ class AmxGradient {
           row([](f32v x, int64_t, int) { return x; });
         else
           term.row(b.q0 + i, b.k0 + t * kTileK, row);
-        if constexpr (!Sink::kNone) give(sink, b.q0 + i, b.k0 + t * kTileK, smaller(n, kTileK), ds[i - r]);
+        if constexpr (!Sink::kNone)
+          give(sink, b.q0 + i, b.k0 + t * kTileK, smaller(n, kTileK), ds[i - r]);
       }
       for (int h = 0; h < 2; ++h) {
         const int64_t at = (r / kTileK * 2 + h) * kTileSize + r % kTileK / 2 * kTileK;
@@ -276,7 +289,8 @@ class AmxGradient {
 
   // 16 scores of row i, of which the first n count.
   template <typename Add>
-  void differentiate(int64_t i, int64_t h, int64_t n, float scale, const Add& add, f32v* p, f32v* ds) const {
+  void differentiate(int64_t i, int64_t h, int64_t n, float scale, const Add& add, f32v* p,
+                     f32v* ds) const {
     if (n <= 0) return;
     const int64_t at = i / kTile * kStripSums + h * kTileSums + i % kTile * kTile;
     const f32v scaled = load(scores_ + at) * splat(scale);
@@ -296,14 +310,14 @@ class AmxGradient {
   }
 
   // (transposed sums of strip t) += left * right, over the rows of the block
-  void add_to_keys(const GradBlock& b, int64_t t, int64_t columns, const bf16* left, const bf16* right,
-                   float* sums) const {
+  void add_to_keys(const GradBlock& b, int64_t t, int64_t columns, const bf16* left,
+                   const bf16* right, float* sums) const {
     const int64_t steps = divide_up(b.rows, kTileK);
     float* to = sums + (b.k0 / kTileK + t) * columns_ * kStripSums;
     for (int64_t s = 0; s < columns_; s += 2)
       tile_product(columns_ - s, columns,
-                   {left + s * steps * kTileSize, steps * kTileSize, right, kTileSize, 2 * kTileSize, steps,
-                    to + s * kStripSums, kStripSums},
+                   {left + s * steps * kTileSize, steps * kTileSize, right, kTileSize,
+                    2 * kTileSize, steps, to + s * kStripSums, kStripSums},
                    true);
   }
 
@@ -313,19 +327,21 @@ class AmxGradient {
     for (int64_t r = 0; r < row_tiles; r += 2)
       for (int64_t s = 0; s < columns_; s += 2)
         tile_product(row_tiles - r, columns_ - s,
-                     {ds_ + r * strips_ * kTileSize, strips_ * kTileSize, k_pairs_ + s * kTileSize, kTileSize,
-                      columns_ * kTileSize, divide_up(keys, kTileK),
+                     {ds_ + r * strips_ * kTileSize, strips_ * kTileSize, k_pairs_ + s * kTileSize,
+                      kTileSize, columns_ * kTileSize, divide_up(keys, kTileK),
                       dq_ + ((b.q0 / kTile + r) * columns_ + s) * kTileSums, columns_ * kTileSums},
                      true);
   }
 
-  int64_t head_dim_, depth_, columns_, strips_;  // depth_, columns_: of a head, in tiles of 32 and 16
+  int64_t head_dim_, depth_, columns_,
+      strips_;  // depth_, columns_: of a head, in tiles of 32 and 16
   bf16 *k_, *v_, *k_pairs_, *q_, *grad_, *q_transposed_, *grad_transposed_;
   float *scores_, *dp_;  // of one strip
   bf16 *p_pairs_, *ds_pairs_, *ds_;
   RowConstants* constants_;
   bf16* rows_;
-  float *dq_ = nullptr, *dk_ = nullptr, *dv_ = nullptr;  // sums; dK and dV transposed, strip by strip
+  float *dq_ = nullptr, *dk_ = nullptr,
+        *dv_ = nullptr;  // sums; dK and dV transposed, strip by strip
 };
 
 }  // namespace vitkit::cpu::VITKIT_ISA

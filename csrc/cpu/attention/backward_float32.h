@@ -15,8 +15,8 @@ class Float32Gradient {
   static constexpr int64_t kRowStep = kTileRows;
   static constexpr int64_t kKeyStep = kPanel;
 
-  // Three packings of the keys fit a 512 KiB L2 cache. Each row of Q and dO is packed once per cell, which costs about as
-  // much as 30 keys.
+  // Three packings of the keys fit a 512 KiB L2 cache. Each row of Q and dO is packed once per
+  // cell, which costs about as much as 30 keys.
   static int64_t most_keys(int64_t head_dim) {
     constexpr int64_t kBytes = 384 << 10, kFewest = 96, kMost = 512;
     const int64_t keys = kBytes / (3 * int64_t(sizeof(float)) * head_dim);
@@ -31,7 +31,8 @@ class Float32Gradient {
   Float32Gradient(Arena& arena, int64_t head_dim, int64_t keys)
       : head_dim_(head_dim),
         row_stride_(round_up(head_dim, kLanes)),
-        score_stride_(round_up(keys, kPanel) + kPanel),  // not a power of two: rows would share cache sets
+        score_stride_(round_up(keys, kPanel) +
+                      kPanel),  // not a power of two: rows would share cache sets
         k_transposed_(arena.take<float>(panels_size(keys, head_dim))),
         v_transposed_(arena.take<float>(panels_size(keys, head_dim))),
         k_(arena.take<float>(panels_size(head_dim, keys))),
@@ -60,7 +61,8 @@ class Float32Gradient {
 
   template <typename Map>
   void write_queries(const Map& map, int64_t first, int64_t n, float scale) const {
-    for (int64_t i = first; i < first + n; ++i) write_row(dq_ + i * row_stride_, head_dim_, scale, map.dq_row(i));
+    for (int64_t i = first; i < first + n; ++i)
+      write_row(dq_ + i * row_stride_, head_dim_, scale, map.dq_row(i));
   }
   template <typename Map>
   void write_keys(const Map& map, int64_t first, int64_t n, float scale) const {
@@ -118,27 +120,30 @@ class Float32Gradient {
 
   // to[r][j] = rows[r] . keys[j]
   template <typename Map>
-  void products(const Map& map, GradBlock& b, const float* rows, const float* keys_transposed, float* to) const {
+  void products(const Map& map, GradBlock& b, const float* rows, const float* keys_transposed,
+                float* to) const {
     for (int64_t p = 0; p < num_panels(b.nk); ++p) {
       const int vecs = panel_vecs(b.nk, p);
       for (int64_t r = 0; r < b.rows; r += kTileRows) {
         const int64_t tile = tile_rows(b.rows - r);
         if (visible(map, b, r + tile - 1) <= p * kPanel) continue;
         b.fetch_ahead(map);
-        gemm_rows<false, Epilogue::overwrite>(tile, vecs, head_dim_, rows + r * row_stride_, row_stride_,
-                                              keys_transposed + p * kPanel * head_dim_,
+        gemm_rows<false, Epilogue::overwrite>(tile, vecs, head_dim_, rows + r * row_stride_,
+                                              row_stride_, keys_transposed + p * kPanel * head_dim_,
                                               to + r * score_stride_ + p * kPanel, score_stride_);
       }
     }
   }
 
-  // P over S and dS over dP. Behind the last visible key of a row, zeros up to the end of the tile that the products
-  // below read with its neighbours.
+  // P over S and dS over dP. Behind the last visible key of a row, zeros up to the end of the tile
+  // that the products below read with its neighbours.
   template <typename Map, typename Term, typename Sink>
-  void differentiate(const Map& map, const Term& term, const Sink& sink, const GradBlock& b, float scale) const {
+  void differentiate(const Map& map, const Term& term, const Sink& sink, const GradBlock& b,
+                     float scale) const {
     for (int64_t r = 0; r < b.rows; ++r) {
       const int64_t n = visible(map, b, r), end = n + kTileRows;
-      const Row row{p_ + r * score_stride_, ds_ + r * score_stride_, n, end < b.nk ? end : b.nk, constants_[r]};
+      const Row row{p_ + r * score_stride_, ds_ + r * score_stride_, n, end < b.nk ? end : b.nk,
+                    constants_[r]};
       if constexpr (Term::kNone)
         differentiate(row, scale * kLog2e, [](f32v x, int64_t, int) { return x; });
       else
@@ -158,7 +163,9 @@ class Float32Gradient {
     constexpr int kDegree = std::is_same_v<T, float> ? 5 : 4;
     const f32v c = splat(scale), delta = splat(row.constants.delta);
     const f32v shift = splat(row.constants.shift), rest = splat(row.constants.shift_rest);
-    const auto shifted = [&](f32v x) { return std::is_same_v<T, float> ? x - shift - rest : x - shift; };
+    const auto shifted = [&](f32v x) {
+      return std::is_same_v<T, float> ? x - shift - rest : x - shift;
+    };
     int64_t j = 0;
     for (; j + kLanes <= row.n; j += kLanes) {
       const f32v p = exp2_softmax<kDegree>(shifted(add(load(row.s + j) * c, j, kLanes)));
@@ -190,13 +197,14 @@ class Float32Gradient {
   }
 
   // The tile at key j, which no row before `hidden` attends.
-  void add_to_key_tile(const GradBlock& b, int64_t j, int64_t hidden, const float* scores, const float* panels,
-                       float* sums) const {
+  void add_to_key_tile(const GradBlock& b, int64_t j, int64_t hidden, const float* scores,
+                       const float* panels, float* sums) const {
     for (int64_t p = 0; p < num_panels(head_dim_); ++p)
-      gemm_rows<true, Epilogue::accumulate>(tile_rows(b.nk - j), panel_vecs(head_dim_, p), b.rows - hidden,
-                                            scores + hidden * score_stride_ + j, score_stride_,
-                                            panels + (p * b.rows + hidden) * kPanel,
-                                            sums + (b.k0 + j) * row_stride_ + p * kPanel, row_stride_);
+      gemm_rows<true, Epilogue::accumulate>(tile_rows(b.nk - j), panel_vecs(head_dim_, p),
+                                            b.rows - hidden, scores + hidden * score_stride_ + j,
+                                            score_stride_, panels + (p * b.rows + hidden) * kPanel,
+                                            sums + (b.k0 + j) * row_stride_ + p * kPanel,
+                                            row_stride_);
   }
 
   // dQ += dS K
@@ -205,9 +213,10 @@ class Float32Gradient {
     for (int64_t p = 0; p < num_panels(head_dim_); ++p)
       for (int64_t r = 0; r < b.rows; r += kTileRows) {
         const int64_t tile = tile_rows(b.rows - r);
-        gemm_rows<false, Epilogue::accumulate>(tile, panel_vecs(head_dim_, p), visible(map, b, r + tile - 1),
-                                               ds_ + r * score_stride_, score_stride_, k_ + p * kPanel * b.nk,
-                                               dq_ + (b.q0 + r) * row_stride_ + p * kPanel, row_stride_);
+        gemm_rows<false, Epilogue::accumulate>(
+            tile, panel_vecs(head_dim_, p), visible(map, b, r + tile - 1), ds_ + r * score_stride_,
+            score_stride_, k_ + p * kPanel * b.nk, dq_ + (b.q0 + r) * row_stride_ + p * kPanel,
+            row_stride_);
       }
   }
 

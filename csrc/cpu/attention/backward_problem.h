@@ -73,8 +73,8 @@ VITKIT_INLINE DenseTerm dense_term(const BiasView& bias, const BackwardProblem& 
 }
 
 VITKIT_INLINE DenseSink dense_sink(const BiasGradView& dbias, const BackwardProblem& at) {
-  const int64_t offset = at.copy * dbias.copy_stride + at.batch * dbias.batch_stride +
-                         at.head * dbias.head_stride;
+  const int64_t offset =
+      at.copy * dbias.copy_stride + at.batch * dbias.batch_stride + at.head * dbias.head_stride;
   return {dbias.data + offset * element_bytes(dbias.type), dbias.type, dbias.accumulate,
           dbias.query_stride, dbias.key_stride};
 }

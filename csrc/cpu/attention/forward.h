@@ -1,10 +1,11 @@
-// Attention forward: which queries meet which keys, when keys are packed, and what becomes of a finished row. The
-// arithmetic is a `Compute` (forward_float32.h, forward_amx.h), the layout a token map, the bias a score term.
+// Attention forward: which queries meet which keys, when keys are packed, and what becomes of a
+// finished row. The arithmetic is a `Compute` (forward_float32.h, forward_amx.h), the layout a
+// token map, the bias a score term.
 //
-// A block of queries meets a chunk of keys at a time. Up to kSingleChunk keys there is one chunk and the softmax is exact
-// in one go; beyond that maximum, sum and output are rescaled from chunk to chunk. Memory is bounded whatever the number
-// of keys: packed chunks are kept for all query blocks when they fit kResidentBytes, otherwise a group of query blocks
-// shares each packing.
+// A block of queries meets a chunk of keys at a time. Up to kSingleChunk keys there is one chunk
+// and the softmax is exact in one go; beyond that maximum, sum and output are rescaled from chunk
+// to chunk. Memory is bounded whatever the number of keys: packed chunks are kept for all query
+// blocks when they fit kResidentBytes, otherwise a group of query blocks shares each packing.
 #pragma once
 
 #include "attention/arena.h"
@@ -14,16 +15,17 @@
 
 namespace vitkit::cpu::VITKIT_ISA {
 
-constexpr int64_t kGroupRows = 1024;           // packing again per group costs about 2 % of its products
+constexpr int64_t kGroupRows = 1024;  // packing again per group costs about 2 % of its products
 constexpr int64_t kResidentBytes = 4 << 20;
-constexpr int64_t kSweepBytes = 256 << 10;     // packed keys of the heads of one sweep: half a small second-level cache
+constexpr int64_t kSweepBytes =
+    256 << 10;  // packed keys of the heads of one sweep: half a small second-level cache
 constexpr int64_t kMaxSweepHeads = 8;
 
 VITKIT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 VITKIT_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Where a problem is cut. Depends on nothing but its own size, so that results do not depend on the number of threads or
-// on the other problems of the batch.
+// Where a problem is cut. Depends on nothing but its own size, so that results do not depend on the
+// number of threads or on the other problems of the batch.
 struct Tiling {
   int64_t block_rows, blocks, chunk, chunks;
 };
@@ -32,7 +34,8 @@ template <typename Compute>
 VITKIT_INLINE Tiling tiling(int64_t nq, int64_t nk) {
   Tiling t{};
   if (nq > 0) {
-    t.block_rows = divide_up(divide_up(nq, divide_up(nq, Compute::kBlockRows)), Compute::kRowStep) * Compute::kRowStep;
+    t.block_rows = divide_up(divide_up(nq, divide_up(nq, Compute::kBlockRows)), Compute::kRowStep) *
+                   Compute::kRowStep;
     t.blocks = divide_up(nq, t.block_rows);
   }
   if (nk > 0) {
@@ -73,7 +76,8 @@ struct Workspace {
   WorkspaceSizes sizes;
   int64_t sweep_heads;
   Compute compute;
-  float *shift, *sum;  // of each row of the group: maximum so far in base-2 units, sum of 2^(score - shift)
+  float *shift,
+      *sum;  // of each row of the group: maximum so far in base-2 units, sum of 2^(score - shift)
   int64_t bytes;
 
   // For problems of at most max_nk keys, of which `heads` lie side by side.
@@ -106,10 +110,12 @@ struct Head {
 template <typename Compute, typename Map, typename Term>
 class Forward {
  public:
-  Forward(const Head<Map, Term>* heads, int64_t count, float scale, const Workspace<Compute>& workspace)
+  Forward(const Head<Map, Term>* heads, int64_t count, float scale,
+          const Workspace<Compute>& workspace)
       : heads_(heads),
         count_(count),
-        // A negative scale changes the sign of Q, which is exact: the maximum of a row is then that of its scaled scores.
+        // A negative scale changes the sign of Q, which is exact: the maximum of a row is then that
+        // of its scaled scores.
         negate_(scale < 0),
         scale_((scale < 0 ? -scale : scale) * kLog2e),
         tiling_(tiling<Compute>(heads->map.nq, heads->map.nk)),
@@ -133,12 +139,14 @@ class Forward {
     return {first_key, smaller(tiling_.chunk, heads_->map.nk - first_key), slot, c == 0};
   }
 
-  // Causal blocks cost more the later they are: first, last, second, last but one, ... spreads them over threads.
+  // Causal blocks cost more the later they are: first, last, second, last but one, ... spreads them
+  // over threads.
   Block block_at(const Map& map, int64_t position, int64_t group) const {
     int64_t block = position;
     if (map.causal) block = position % 2 ? tiling_.blocks - 1 - position / 2 : position / 2;
     const int64_t first_row = block * tiling_.block_rows;
-    return {first_row, smaller(tiling_.block_rows, map.nq - first_row), (position - group) * tiling_.block_rows};
+    return {first_row, smaller(tiling_.block_rows, map.nq - first_row),
+            (position - group) * tiling_.block_rows};
   }
 
   // The keys of all heads, a few rows at a time: in memory the heads of a row are neighbours.
@@ -146,14 +154,17 @@ class Forward {
     const Chunk c = chunk_at(0, 0);
     for (int64_t j = 0; j < c.keys; j += Compute::kSweepKeys)
       for (int64_t h = 0; h < count_; ++h)
-        w_.compute.pack_keys(heads_[h].map, chunk_at(0, h), j, smaller(j + Compute::kSweepKeys, c.keys));
+        w_.compute.pack_keys(heads_[h].map, chunk_at(0, h), j,
+                             smaller(j + Compute::kSweepKeys, c.keys));
   }
 
-  void attend_group(const Head<Map, Term>& head, int64_t h, int64_t group, int64_t end, bool first_group) const {
+  void attend_group(const Head<Map, Term>& head, int64_t h, int64_t group, int64_t end,
+                    bool first_group) const {
     const bool resident = tiling_.chunks <= w_.sizes.slots;
     for (int64_t c = 0; c < tiling_.chunks; ++c) {
       const Chunk chunk = chunk_at(c, tiling_.chunks == 1 ? h : (resident ? c : 0));
-      if (tiling_.chunks > 1 && (first_group || !resident)) w_.compute.pack_keys(head.map, chunk, 0, chunk.keys);
+      if (tiling_.chunks > 1 && (first_group || !resident))
+        w_.compute.pack_keys(head.map, chunk, 0, chunk.keys);
       for (int64_t p = group; p < end; ++p) {
         const Block b = block_at(head.map, p, group);
         if (c == 0) w_.compute.load_queries(head.map, b, negate_);

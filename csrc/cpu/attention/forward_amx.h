@@ -1,8 +1,9 @@
-// The arithmetic of attention forward on AMX tiles, for bfloat16: products of bfloat16 with float32 sums, softmax in
-// float32, probabilities rounded to bfloat16 for P V.
+// The arithmetic of attention forward on AMX tiles, for bfloat16: products of bfloat16 with float32
+// sums, softmax in float32, probabilities rounded to bfloat16 for P V.
 //
-// Everything a tile instruction touches is stored tile by tile, 1 KiB each. The softmax costs more than the products
-// here, so it works on 16 rows at once: one transposing reduction instead of 16 horizontal ones.
+// Everything a tile instruction touches is stored tile by tile, 1 KiB each. The softmax costs more
+// than the products here, so it works on 16 rows at once: one transposing reduction instead of 16
+// horizontal ones.
 #pragma once
 
 #include "amx.h"
@@ -15,12 +16,13 @@ namespace vitkit::cpu::VITKIT_ISA {
 
 static_assert(kLanes == 16, "a vector is a row of a tile");
 
-constexpr int64_t kTile = 16;        // rows of any tile, columns of a sum
-constexpr int64_t kTileK = 32;       // k of one product
-constexpr int64_t kTileSize = 512;   // bfloat16 elements of an operand
-constexpr int64_t kTileSums = 256;   // float32 elements of a sum
+constexpr int64_t kTile = 16;       // rows of any tile, columns of a sum
+constexpr int64_t kTileK = 32;      // k of one product
+constexpr int64_t kTileSize = 512;  // bfloat16 elements of an operand
+constexpr int64_t kTileSums = 256;  // float32 elements of a sum
 
-// ---- vectors of 16 -----------------------------------------------------------------------------------------------
+// ---- vectors of 16
+// -----------------------------------------------------------------------------------------------
 
 // Lane l of the result is lane kIndex[l] of a (0 .. 15) or b (16 .. 31).
 template <int... kIndex>
@@ -56,9 +58,12 @@ VITKIT_INLINE f32v odd_quarters(f32v a, f32v b) {
 // Lane r of the result is `op` over the lanes of v[r]. Destroys v.
 template <typename Op>
 VITKIT_INLINE f32v reduce_rows(f32v (&v)[16], const Op& op) {
-  for (int i = 0; i < 8; ++i) v[i] = op(low_singles(v[2 * i], v[2 * i + 1]), high_singles(v[2 * i], v[2 * i + 1]));
-  for (int i = 0; i < 4; ++i) v[i] = op(low_pairs(v[2 * i], v[2 * i + 1]), high_pairs(v[2 * i], v[2 * i + 1]));
-  for (int i = 0; i < 2; ++i) v[i] = op(even_quarters(v[2 * i], v[2 * i + 1]), odd_quarters(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < 8; ++i)
+    v[i] = op(low_singles(v[2 * i], v[2 * i + 1]), high_singles(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < 4; ++i)
+    v[i] = op(low_pairs(v[2 * i], v[2 * i + 1]), high_pairs(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < 2; ++i)
+    v[i] = op(even_quarters(v[2 * i], v[2 * i + 1]), odd_quarters(v[2 * i], v[2 * i + 1]));
   return op(even_quarters(v[0], v[1]), odd_quarters(v[0], v[1]));
 }
 
@@ -96,10 +101,12 @@ VITKIT_INLINE void store_pair(bf16* p, f32v low, f32v high) {
 #endif
 }
 
-// ---- tiles -------------------------------------------------------------------------------------------------------
+// ---- tiles
+// -------------------------------------------------------------------------------------------------------
 
-// kRows x kCols tiles of C (+)= A B over k tiles. Tile (i, s) of A is a + i * a_row + s * kTileSize, tile (s, j) of B is
-// b + j * b_col + s * b_step, tile (i, j) of C is c + i * c_row + j * kTileSums.
+// kRows x kCols tiles of C (+)= A B over k tiles. Tile (i, s) of A is a + i * a_row + s *
+// kTileSize, tile (s, j) of B is b + j * b_col + s * b_step, tile (i, j) of C is c + i * c_row + j
+// * kTileSums.
 struct TileOperands {
   const bf16* a;
   int64_t a_row;
@@ -143,14 +150,16 @@ VITKIT_INLINE void tile_product(const TileOperands& o, bool accumulate) {
   if constexpr (kRows > 1 && kCols > 1) tile_store<3>(o.c + o.c_row + kTileSums, kSumStride);
 }
 
-VITKIT_INLINE void tile_product(int64_t rows, int64_t cols, const TileOperands& o, bool accumulate) {
+VITKIT_INLINE void tile_product(int64_t rows, int64_t cols, const TileOperands& o,
+                                bool accumulate) {
   if (rows > 1)
     cols > 1 ? tile_product<2, 2>(o, accumulate) : tile_product<2, 1>(o, accumulate);
   else
     cols > 1 ? tile_product<1, 2>(o, accumulate) : tile_product<1, 1>(o, accumulate);
 }
 
-// ---- one block of queries and one chunk of keys ----------------------------------------------------------------------
+// ---- one block of queries and one chunk of keys
+// ----------------------------------------------------------------------
 
 class AmxCompute {
  public:
@@ -186,13 +195,15 @@ class AmxCompute {
     for (int64_t r = 0; r < divide_up(b.rows, kTile) * kTile; ++r) {
       const bf16* from = r < b.rows ? map.q_row(b.first_row + r) : nullptr;
       for (int64_t s = 0; s < depth_; ++s) {
-        const u32v x = from ? u32v(load_dwords(from + s * kTileK, head_dim_ - s * kTileK)) ^ sign : u32v{};
+        const u32v x =
+            from ? u32v(load_dwords(from + s * kTileK, head_dim_ - s * kTileK)) ^ sign : u32v{};
         std::memcpy(q_tile(b.at + r) + s * kTileSize + r % kTile * kTileK, &x, sizeof(x));
       }
     }
   }
 
-  // Keys [from, to) of the chunk; `from` is a multiple of kSweepKeys. Up to the next multiple they are zero.
+  // Keys [from, to) of the chunk; `from` is a multiple of kSweepKeys. Up to the next multiple they
+  // are zero.
   template <typename Map>
   void pack_keys(const Map& map, const Chunk& c, int64_t from, int64_t to) const {
     for (int64_t j = from; j < to; j += kTile) pack_k(map, c, j);
@@ -200,29 +211,32 @@ class AmxCompute {
   }
 
   template <typename Map, typename Term>
-  void attend(const Map& map, const Term& term, const Block& b, const Chunk& c, float scale, float* shift,
-              float* sum) const {
+  void attend(const Map& map, const Term& term, const Block& b, const Chunk& c, float scale,
+              float* shift, float* sum) const {
     const int64_t keys = visible(map, b.first_row + b.rows - 1, c);
     const int64_t row_tiles = divide_up(b.rows, kTile);
     for (int64_t t = 0; t < divide_up(keys, kTile); t += 2)
       tile_product(row_tiles, divide_up(keys, kTile) - t,
-                   {q_tile(b.at), depth_ * kTileSize, k_slot(c) + t * depth_ * kTileSize, depth_ * kTileSize, kTileSize,
-                    depth_, scores_ + t * kTileSums, score_row()},
+                   {q_tile(b.at), depth_ * kTileSize, k_slot(c) + t * depth_ * kTileSize,
+                    depth_ * kTileSize, kTileSize, depth_, scores_ + t * kTileSums, score_row()},
                    false);
     for (int64_t t = 0; t < row_tiles; ++t)
-      softmax(map, term, {b.first_row + t * kTile, smaller(kTile, b.rows - t * kTile), b.at + t * kTile}, c, keys, scale,
-              scores_ + t * score_row(), p_ + t * p_row(), shift + t * kTile, sum + t * kTile);
+      softmax(map, term,
+              {b.first_row + t * kTile, smaller(kTile, b.rows - t * kTile), b.at + t * kTile}, c,
+              keys, scale, scores_ + t * score_row(), p_ + t * p_row(), shift + t * kTile,
+              sum + t * kTile);
     for (int64_t t = 0; t < columns_; t += 2)
       tile_product(row_tiles, columns_ - t,
-                   {p_, p_row(), v_slot(c) + t * kTileSize, kTileSize, columns_ * kTileSize, divide_up(keys, kTileK),
-                    out_tile(b.at) + t * kTileSums, columns_ * kTileSums},
+                   {p_, p_row(), v_slot(c) + t * kTileSize, kTileSize, columns_ * kTileSize,
+                    divide_up(keys, kTileK), out_tile(b.at) + t * kTileSums, columns_ * kTileSums},
                    !c.first);
   }
 
   void write_row(int64_t at, float factor, bf16* to) const {
     const float* from = out_tile(at) + at % kTile * kTile;
     for (int64_t t = 0; t < columns_; ++t)
-      store_partial(to + t * kTile, load(from + t * kTileSums) * factor, int(smaller(kTile, head_dim_ - t * kTile)));
+      store_partial(to + t * kTile, load(from + t * kTileSums) * factor,
+                    int(smaller(kTile, head_dim_ - t * kTile)));
   }
 
  private:
@@ -253,14 +267,16 @@ class AmxCompute {
   template <typename Map>
   void pack_k(const Map& map, const Chunk& c, int64_t j) const {
     const bf16* from[kTile];
-    for (int r = 0; r < kTile; ++r) from[r] = j + r < c.keys ? map.k_row(c.first_key + j + r) : nullptr;
+    for (int r = 0; r < kTile; ++r)
+      from[r] = j + r < c.keys ? map.k_row(c.first_key + j + r) : nullptr;
     bf16* to = k_slot(c) + j / kTile * depth_ * kTileSize;
     for (int64_t s = 0; s < depth_; ++s) {
       f32v v[kTile];
       for (int r = 0; r < kTile; ++r)
         v[r] = from[r] ? load_dwords(from[r] + s * kTileK, head_dim_ - s * kTileK) : f32v{};
       transpose16(v);
-      for (int r = 0; r < kTile; ++r) std::memcpy(to + s * kTileSize + r * kTileK, &v[r], sizeof(v[r]));
+      for (int r = 0; r < kTile; ++r)
+        std::memcpy(to + s * kTileSize + r * kTileK, &v[r], sizeof(v[r]));
     }
   }
 
@@ -292,8 +308,8 @@ class AmxCompute {
 
   // 16 rows of scores become probabilities; `keys` of their columns are used by the product with V.
   template <typename Map, typename Term>
-  void softmax(const Map& map, const Term& term, const Block& rows, const Chunk& c, int64_t keys, float scale, float* s,
-               bf16* p, float* shift, float* sum) const {
+  void softmax(const Map& map, const Term& term, const Block& rows, const Chunk& c, int64_t keys,
+               float scale, float* s, bf16* p, float* shift, float* sum) const {
     f32v v[kTile];
     for (int r = 0; r < kTile; ++r) {
       v[r] = splat(-INFINITY);
@@ -302,7 +318,8 @@ class AmxCompute {
       if constexpr (Term::kNone) {
         v[r] = column_max(s + r * kTile, n);
       } else {
-        term.row(i, c.first_key, [&](const auto& add) { v[r] = add_term(s + r * kTile, n, scale, add); });
+        term.row(i, c.first_key,
+                 [&](const auto& add) { v[r] = add_term(s + r * kTile, n, scale, add); });
       }
     }
     f32v top = reduce_rows(v, [](f32v a, f32v b) { return max(a, b); });
@@ -313,9 +330,10 @@ class AmxCompute {
     alignas(64) float offsets[kTile];
     store(offsets, finite_shift(now));
     for (int r = 0; r < kTile; ++r)
-      v[r] = r < rows.rows ? probabilities(s + r * kTile, p + r * kTileK, visible(map, rows.first_row + r, c), keys,
-                                           Term::kNone ? scale : 1.f, offsets[r])
-                           : f32v{};
+      v[r] = r < rows.rows
+                 ? probabilities(s + r * kTile, p + r * kTileK, visible(map, rows.first_row + r, c),
+                                 keys, Term::kNone ? scale : 1.f, offsets[r])
+                 : f32v{};
     const f32v total = reduce_rows(v, [](f32v a, f32v b) { return a + b; });
     if (c.first) {
       store(sum, total);
@@ -349,8 +367,10 @@ class AmxCompute {
     return m;
   }
 
-  // p[j] = 2^(s[j] * scale - offset) for j < n, 0 up to `keys` rounded up to whole tiles; returns sums to add up.
-  static f32v probabilities(const float* s, bf16* p, int64_t n, int64_t keys, float scale, float offset) {
+  // p[j] = 2^(s[j] * scale - offset) for j < n, 0 up to `keys` rounded up to whole tiles; returns
+  // sums to add up.
+  static f32v probabilities(const float* s, bf16* p, int64_t n, int64_t keys, float scale,
+                            float offset) {
     const f32v c = splat(scale), shift = splat(-offset);
     f32v total = {};
     int64_t j = 0;
@@ -365,7 +385,8 @@ class AmxCompute {
       const float* at = s + j / kTile * kTileSums;
       f32v low = {}, high = {};
       if (j < n) low = keep_lanes(exp2_softmax<3>(fma(load(at), c, shift)), n - j, 0.f);
-      if (j + kTile < n) high = keep_lanes(exp2_softmax<3>(fma(load(at + kTileSums), c, shift)), n - j - kTile, 0.f);
+      if (j + kTile < n)
+        high = keep_lanes(exp2_softmax<3>(fma(load(at + kTileSums), c, shift)), n - j - kTile, 0.f);
       store_pair(p + j / kTileK * kTileSize, low, high);
       total += low + high;
     }
@@ -374,10 +395,12 @@ class AmxCompute {
 
   void rescale_row(int64_t at, float factor) const {
     float* row = out_tile(at) + at % kTile * kTile;
-    for (int64_t t = 0; t < columns_; ++t) store(row + t * kTileSums, load(row + t * kTileSums) * factor);
+    for (int64_t t = 0; t < columns_; ++t)
+      store(row + t * kTileSums, load(row + t * kTileSums) * factor);
   }
 
-  int64_t head_dim_, depth_, columns_, chunk_;  // depth_, columns_: of a head, in tiles of 32 and 16
+  int64_t head_dim_, depth_, columns_,
+      chunk_;  // depth_, columns_: of a head, in tiles of 32 and 16
   bf16 *q_, *k_, *v_;
   float* scores_;
   bf16* p_;

@@ -1,5 +1,6 @@
 // The arithmetic of attention forward in float32, for any element type (converted while packing).
-// S = Q K^T, one softmax pass over each row of S, O += P V; matrix products on packed panels (gemm.h).
+// S = Q K^T, one softmax pass over each row of S, O += P V; matrix products on packed panels
+// (gemm.h).
 #pragma once
 
 #include "attention/forward.h"
@@ -14,8 +15,9 @@ class Float32Compute {
   static constexpr int64_t kRowStep = kTileRows;
   static constexpr int64_t kKeyStep = kPanel;
   static constexpr int64_t kSweepKeys = kPanel;
-  static constexpr int64_t kBlockRows = 48 / kTileRows * kTileRows;  // S of a block and K stay in a 512 KiB cache
-  static constexpr int64_t kSingleChunk = 640;                       // ViT-L/14 at 336 pixels has 577 tokens
+  static constexpr int64_t kBlockRows =
+      48 / kTileRows * kTileRows;               // S of a block and K stay in a 512 KiB cache
+  static constexpr int64_t kSingleChunk = 640;  // ViT-L/14 at 336 pixels has 577 tokens
   static constexpr int64_t kChunk = 512;
 
   Float32Compute() = default;
@@ -37,22 +39,22 @@ class Float32Compute {
 
   template <typename Map>
   void load_queries(const Map& map, const Block& b, bool negate) const {
-    pack_rows<T>([&](int64_t i) { return map.q_row(i); }, b.first_row, b.rows, head_dim_, negate ? -1.f : 1.f,
-                 q_ + b.at * head_dim_, head_dim_);
+    pack_rows<T>([&](int64_t i) { return map.q_row(i); }, b.first_row, b.rows, head_dim_,
+                 negate ? -1.f : 1.f, q_ + b.at * head_dim_, head_dim_);
   }
 
   // Keys [from, to) of the chunk; `from` is a multiple of kSweepKeys.
   template <typename Map>
   void pack_keys(const Map& map, const Chunk& c, int64_t from, int64_t to) const {
-    pack_transposed<T>([&](int64_t j) { return map.k_row(j); }, c.first_key + from, to - from, head_dim_,
-                       k_slot(c) + from * head_dim_);
-    pack_panels<T>([&](int64_t j) { return map.v_row(j); }, c.first_key + from, to - from, head_dim_,
-                   v_slot(c) + from * kPanel, c.keys);
+    pack_transposed<T>([&](int64_t j) { return map.k_row(j); }, c.first_key + from, to - from,
+                       head_dim_, k_slot(c) + from * head_dim_);
+    pack_panels<T>([&](int64_t j) { return map.v_row(j); }, c.first_key + from, to - from,
+                   head_dim_, v_slot(c) + from * kPanel, c.keys);
   }
 
   template <typename Map, typename Term>
-  void attend(const Map& map, const Term& term, const Block& b, const Chunk& c, float scale, float* shift,
-              float* sum) const {
+  void attend(const Map& map, const Term& term, const Block& b, const Chunk& c, float scale,
+              float* shift, float* sum) const {
     score(map, b, c);
     softmax(map, term, b, c, scale, shift, sum);
     if (c.first)
@@ -81,19 +83,19 @@ class Float32Compute {
       const int vecs = panel_vecs(c.keys, p);
       for (int64_t r = 0; r < b.rows; r += kTileRows) {
         if (tile_keys(map, b, r, c) <= p * kPanel) continue;
-        gemm_rows<false, Epilogue::overwrite>(smaller(kTileRows, b.rows - r), vecs, head_dim_,
-                                              q_ + (b.at + r) * head_dim_, head_dim_,
-                                              k_slot(c) + p * kPanel * head_dim_,
-                                              scores_ + r * score_stride_ + p * kPanel, score_stride_);
+        gemm_rows<false, Epilogue::overwrite>(
+            smaller(kTileRows, b.rows - r), vecs, head_dim_, q_ + (b.at + r) * head_dim_, head_dim_,
+            k_slot(c) + p * kPanel * head_dim_, scores_ + r * score_stride_ + p * kPanel,
+            score_stride_);
       }
     }
   }
 
-  // Scores become probabilities relative to the row's shift. Two loops: with all maxima known beforehand the
-  // exponentials of consecutive rows overlap.
+  // Scores become probabilities relative to the row's shift. Two loops: with all maxima known
+  // beforehand the exponentials of consecutive rows overlap.
   template <typename Map, typename Term>
-  void softmax(const Map& map, const Term& term, const Block& b, const Chunk& c, float scale, float* shift,
-               float* sum) const {
+  void softmax(const Map& map, const Term& term, const Block& b, const Chunk& c, float scale,
+               float* shift, float* sum) const {
     constexpr int kDegree = std::is_same_v<T, float> ? 5 : 4;
     for (int64_t r = 0; r < b.rows; ++r) {
       float* s = scores_ + r * score_stride_;
@@ -104,7 +106,9 @@ class Float32Compute {
         top = top == -INFINITY ? top : top * scale;
       } else {
         term.row(i, c.first_key, [&](const auto& add) {
-          top = row_map_max(s, keys, [&](f32v x, int64_t j, int lanes) { return add(x * splat(scale), j, lanes); });
+          top = row_map_max(s, keys, [&](f32v x, int64_t j, int lanes) {
+            return add(x * splat(scale), j, lanes);
+          });
         });
       }
       const float before = c.first ? -INFINITY : shift[r];
@@ -114,9 +118,10 @@ class Float32Compute {
     rescale_[b.rows] = 0.f;  // read when a tile has one row more than the block
     if (!c.first) row_exp<5>(rescale_, b.rows, b.rows, 1.f, 0.f);
     for (int64_t r = 0; r < b.rows; ++r) {
-      const float total = row_exp<kDegree>(scores_ + r * score_stride_, visible(map, b.first_row + r, c),
-                                           tile_keys(map, b, r - r % kTileRows, c), Term::kNone ? scale : 1.f,
-                                           finite_shift(splat(shift[r]))[0]);
+      const float total =
+          row_exp<kDegree>(scores_ + r * score_stride_, visible(map, b.first_row + r, c),
+                           tile_keys(map, b, r - r % kTileRows, c), Term::kNone ? scale : 1.f,
+                           finite_shift(splat(shift[r]))[0]);
       sum[r] = c.first ? total : sum[r] * rescale_[r] + total;
     }
   }
@@ -128,9 +133,10 @@ class Float32Compute {
       for (int64_t r = 0; r < b.rows; r += kTileRows) {
         const int64_t keys = tile_keys(map, b, r, c);
         if (kEpilogue != Epilogue::overwrite && keys == 0) continue;
-        gemm_rows<false, kEpilogue>(smaller(kTileRows, b.rows - r), vecs, keys, scores_ + r * score_stride_,
-                                    score_stride_, v_slot(c) + p * kPanel * c.keys,
-                                    out_ + (b.at + r) * out_stride_ + p * kPanel, out_stride_, rescale_ + r);
+        gemm_rows<false, kEpilogue>(
+            smaller(kTileRows, b.rows - r), vecs, keys, scores_ + r * score_stride_, score_stride_,
+            v_slot(c) + p * kPanel * c.keys, out_ + (b.at + r) * out_stride_ + p * kPanel,
+            out_stride_, rescale_ + r);
       }
     }
   }

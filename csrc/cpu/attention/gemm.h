@@ -1,16 +1,17 @@
 // Register-tiled float32 matrix product on packed panels: C (+)= A B.
 //
-// B is a "panel": k rows of kPanel consecutive floats (pack.h writes them). A tile of C stays in registers for the whole
-// sum over k; each step loads one row of the panel and broadcasts one element of A per row of the tile. Rows come in
-// steps of two, so a buffer for A or C must have its row count rounded up to even (round_rows).
+// B is a "panel": k rows of kPanel consecutive floats (pack.h writes them). A tile of C stays in
+// registers for the whole sum over k; each step loads one row of the panel and broadcasts one
+// element of A per row of the tile. Rows come in steps of two, so a buffer for A or C must have its
+// row count rounded up to even (round_rows).
 #pragma once
 
 #include "simd.h"
 
 namespace vitkit::cpu::VITKIT_ISA {
 
-// Rows x vectors of the largest tile. It must hide the FMA latency (8 or more independent sums) and leave registers
-// for one panel row and a broadcast: 12 + 3 of 16 registers, 28 + 3 of 32.
+// Rows x vectors of the largest tile. It must hide the FMA latency (8 or more independent sums) and
+// leave registers for one panel row and a broadcast: 12 + 3 of 16 registers, 28 + 3 of 32.
 constexpr int kTileRows = kLanes == 16 ? 14 : (kLanes == 8 ? 6 : 4);
 constexpr int kPanelVecs = 2;
 constexpr int kPanel = kPanelVecs * kLanes;
@@ -21,13 +22,16 @@ enum class Epilogue {
   scale_accumulate,  // C = diag(row_scale) C + A B
 };
 
-VITKIT_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+VITKIT_INLINE int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 VITKIT_INLINE int64_t round_rows(int64_t rows) { return (rows + 1) & ~int64_t(1); }
 
 // kTransA: element (r, i) of A is a[i * lda + r] instead of a[r * lda + i].
 template <int kRows, int kVecs, bool kTransA, Epilogue kEpilogue>
-__attribute__((noinline)) static void gemm_tile(int64_t k, const float* a, int64_t lda, const float* b, float* c,
-                                                int64_t ldc, const float* row_scale) {
+__attribute__((noinline)) static void gemm_tile(int64_t k, const float* a, int64_t lda,
+                                                const float* b, float* c, int64_t ldc,
+                                                const float* row_scale) {
   f32v sum[kRows][kVecs] = {};
 #pragma GCC unroll 2
   for (int64_t i = 0; i < k; ++i) {
@@ -47,7 +51,8 @@ __attribute__((noinline)) static void gemm_tile(int64_t k, const float* a, int64
     for (int v = 0; v < kVecs; ++v) {
       float* p = c + r * ldc + v * kLanes;
       if constexpr (kEpilogue == Epilogue::accumulate) sum[r][v] += load(p);
-      if constexpr (kEpilogue == Epilogue::scale_accumulate) sum[r][v] = fma(load(p), splat(row_scale[r]), sum[r][v]);
+      if constexpr (kEpilogue == Epilogue::scale_accumulate)
+        sum[r][v] = fma(load(p), splat(row_scale[r]), sum[r][v]);
       store(p, sum[r][v]);
     }
   }
@@ -55,8 +60,9 @@ __attribute__((noinline)) static void gemm_tile(int64_t k, const float* a, int64
 
 // One tile of `rows` <= kTileRows rows and `vecs` <= kPanelVecs vectors.
 template <bool kTransA, Epilogue kEpilogue, int kRows = kTileRows>
-VITKIT_INLINE void gemm_rows(int64_t rows, int vecs, int64_t k, const float* a, int64_t lda, const float* b, float* c,
-                             int64_t ldc, const float* row_scale = nullptr) {
+VITKIT_INLINE void gemm_rows(int64_t rows, int vecs, int64_t k, const float* a, int64_t lda,
+                             const float* b, float* c, int64_t ldc,
+                             const float* row_scale = nullptr) {
   if constexpr (kRows > 2) {
     if (rows <= kRows - 2)
       return gemm_rows<kTransA, kEpilogue, kRows - 2>(rows, vecs, k, a, lda, b, c, ldc, row_scale);

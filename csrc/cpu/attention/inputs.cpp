@@ -9,14 +9,16 @@ namespace {
 
 constexpr int64_t kMaxHeadDim = 256;
 
-// Non-decreasing and inside [0, tokens] whatever the values: sequences are then disjoint and in bounds.
+// Non-decreasing and inside [0, tokens] whatever the values: sequences are then disjoint and in
+// bounds.
 std::vector<int64_t> clamped_starts(const Tensor& cu_seqlens, int64_t tokens) {
   const auto* values = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
   const int64_t count = cu_seqlens.numel(), stride = cu_seqlens.stride(0);
   std::vector<int64_t> starts(static_cast<size_t>(count));
   int64_t previous = 0;
   for (int64_t i = 0; i < count; ++i)
-    previous = starts[size_t(i)] = std::min(std::max<int64_t>(values[i * stride], previous), tokens);
+    previous = starts[size_t(i)] =
+        std::min(std::max<int64_t>(values[i * stride], previous), tokens);
   return starts;
 }
 
@@ -30,7 +32,8 @@ void check_shapes(const char* op, const Tensor& q, const Tensor& k, const Tensor
     check_size(op, arg, *t, rank - 1, q.size(rank - 1));
     check_size(op, arg, *t, rank - 2, q.size(rank - 2));
     if (!packed) check_size(op, arg, *t, 0, q.size(0));
-    STD_TORCH_CHECK(t->scalar_type() == q.scalar_type(), op, ": ", arg, " must have the dtype of q");
+    STD_TORCH_CHECK(t->scalar_type() == q.scalar_type(), op, ": ", arg,
+                    " must have the dtype of q");
   }
   check_size(op, "v", v, rank - 3, k.size(rank - 3));
   const int64_t head_dim = q.size(rank - 1);
@@ -49,11 +52,15 @@ BiasView bias_view(const char* op, const Tensor& bias, const AttentionInputs& in
   const int64_t sizes[4] = {in.batch, in.heads, in.nq, in.nk};
   int64_t strides[4];
   for (int64_t d = 0; d < 4; ++d) {
-    STD_TORCH_CHECK(bias.size(d) == 1 || bias.size(d) == sizes[d], op, ": bias.size(", d, ") must be 1 or ", sizes[d],
-                    ", got ", bias.size(d));
+    STD_TORCH_CHECK(bias.size(d) == 1 || bias.size(d) == sizes[d], op, ": bias.size(", d,
+                    ") must be 1 or ", sizes[d], ", got ", bias.size(d));
     strides[d] = bias.size(d) == 1 ? 0 : bias.stride(d);
   }
-  return {static_cast<const char*>(bias.const_data_ptr()), element_type(bias), strides[0], strides[1], strides[2],
+  return {static_cast<const char*>(bias.const_data_ptr()),
+          element_type(bias),
+          strides[0],
+          strides[1],
+          strides[2],
           strides[3]};
 }
 
@@ -76,12 +83,15 @@ ElementType element_type(const Tensor& t) {
 
 RowsView rows_view(const Tensor& t) {
   const int64_t r = t.dim();
-  return {static_cast<char*>(t.data_ptr()), r == 4 ? t.stride(0) : 0, t.stride(r - 3), t.stride(r - 2)};
+  return {static_cast<char*>(t.data_ptr()), r == 4 ? t.stride(0) : 0, t.stride(r - 3),
+          t.stride(r - 2)};
 }
 
-AttentionArguments::AttentionArguments(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-                                       const std::optional<Tensor>& bias, const std::optional<Tensor>& cu_seqlens_q,
-                                       const std::optional<Tensor>& cu_seqlens_k, bool causal, double scale)
+AttentionArguments::AttentionArguments(const char* op, const Tensor& q, const Tensor& k,
+                                       const Tensor& v, const std::optional<Tensor>& bias,
+                                       const std::optional<Tensor>& cu_seqlens_q,
+                                       const std::optional<Tensor>& cu_seqlens_k, bool causal,
+                                       double scale)
     : in{} {
   STD_TORCH_CHECK(cu_seqlens_q.has_value() == cu_seqlens_k.has_value(), op,
                   ": cu_seqlens_q and cu_seqlens_k must be given together");

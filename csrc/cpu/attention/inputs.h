@@ -10,8 +10,9 @@
 
 namespace vitkit::cpu {
 
-// Dense q [B, Nq, H, D], k, v [B, Nk, H, D], or packed q [Tq, H, D], k, v [Tk, H, D] with int32 cu_seqlens [S + 1].
-// bias [B|1, H|1, Nq|1, Nk|1]. Owns the clamped sequence starts that `in` points to.
+// Dense q [B, Nq, H, D], k, v [B, Nk, H, D], or packed q [Tq, H, D], k, v [Tk, H, D] with int32
+// cu_seqlens [S + 1]. bias [B|1, H|1, Nq|1, Nk|1]. Owns the clamped sequence starts that `in`
+// points to.
 class AttentionArguments {
  public:
   using Tensor = torch::stable::Tensor;
@@ -22,7 +23,9 @@ class AttentionArguments {
   AttentionArguments(const AttentionArguments&) = delete;
 
   bool packed() const { return in.starts_q != nullptr; }
-  int64_t queries(int64_t b) const { return packed() ? in.starts_q[b + 1] - in.starts_q[b] : in.nq; }
+  int64_t queries(int64_t b) const {
+    return packed() ? in.starts_q[b + 1] - in.starts_q[b] : in.nq;
+  }
   int64_t keys(int64_t b) const { return packed() ? in.starts_k[b + 1] - in.starts_k[b] : in.nk; }
   // False when some tokens belong to no sequence, which no kernel will then visit.
   bool covers_queries() const { return !packed() || queries_covered_ == in.nq; }
@@ -37,7 +40,8 @@ class AttentionArguments {
 
 ElementType element_type(const torch::stable::Tensor& t);
 
-// Rows of a [B, N, H, D] or packed [T, H, D] tensor. `data` is not const because outputs are rows too.
+// Rows of a [B, N, H, D] or packed [T, H, D] tensor. `data` is not const because outputs are rows
+// too.
 RowsView rows_view(const torch::stable::Tensor& t);
 
 }  // namespace vitkit::cpu

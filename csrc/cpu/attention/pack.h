@@ -1,6 +1,6 @@
-// Copies rows of T into float32 buffers the matrix product (gemm.h) can read. A row is head_dim consecutive elements
-// (a multiple of 8) found through `row(i) -> const T*`, so any token map can be packed without a gathered copy of the
-// tensor. Padding up to whole panels is zero.
+// Copies rows of T into float32 buffers the matrix product (gemm.h) can read. A row is head_dim
+// consecutive elements (a multiple of 8) found through `row(i) -> const T*`, so any token map can
+// be packed without a gathered copy of the tensor. Padding up to whole panels is zero.
 #pragma once
 
 #include "gemm.h"
@@ -10,7 +10,9 @@ namespace vitkit::cpu::VITKIT_ISA {
 VITKIT_INLINE int64_t num_panels(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 
 // Floats of a packed operand with k rows of `columns` columns.
-VITKIT_INLINE int64_t panels_size(int64_t columns, int64_t k) { return num_panels(columns) * kPanel * k; }
+VITKIT_INLINE int64_t panels_size(int64_t columns, int64_t k) {
+  return num_panels(columns) * kPanel * k;
+}
 
 #if defined(__AVX2__)
 
@@ -48,10 +50,11 @@ constexpr int64_t kMaxHeadDim = 256;
 template <typename T>
 alignas(64) constexpr T kZeroRow[kMaxHeadDim] = {};
 
-// Row j of the source becomes column j: panel p is [depth][kPanel] with rows p * kPanel ... of the source side by side.
-// The operand for S = Q K^T (and dP = dO V^T).
+// Row j of the source becomes column j: panel p is [depth][kPanel] with rows p * kPanel ... of the
+// source side by side. The operand for S = Q K^T (and dP = dO V^T).
 template <typename T, typename Row>
-VITKIT_INLINE void pack_transposed(const Row& row, int64_t first, int64_t rows, int64_t depth, float* dst) {
+VITKIT_INLINE void pack_transposed(const Row& row, int64_t first, int64_t rows, int64_t depth,
+                                   float* dst) {
   for (int64_t j = 0; j < num_panels(rows) * kPanel; j += 8) {
     float* out = dst + j / kPanel * kPanel * depth + j % kPanel;
     const T* from[8];
@@ -69,11 +72,12 @@ VITKIT_INLINE void pack_transposed(const Row& row, int64_t first, int64_t rows, 
   }
 }
 
-// Row j of the source becomes row j of every panel: panel p is [panel_rows][kPanel] with columns p * kPanel ... of the
-// source. The operand for O += P V (and dQ += dS K, dK += dS^T Q, dV += P^T dO).
+// Row j of the source becomes row j of every panel: panel p is [panel_rows][kPanel] with columns p
+// * kPanel ... of the source. The operand for O += P V (and dQ += dS K, dK += dS^T Q, dV += P^T
+// dO).
 template <typename T, typename Row>
-VITKIT_INLINE void pack_panels(const Row& row, int64_t first, int64_t rows, int64_t columns, float* dst,
-                               int64_t panel_rows) {
+VITKIT_INLINE void pack_panels(const Row& row, int64_t first, int64_t rows, int64_t columns,
+                               float* dst, int64_t panel_rows) {
   const int64_t padded = num_panels(columns) * kPanel;
   for (int64_t j = 0; j < rows; ++j) {
     const T* from = row(first + j);
@@ -86,14 +90,16 @@ VITKIT_INLINE void pack_panels(const Row& row, int64_t first, int64_t rows, int6
 }
 
 template <typename T, typename Row>
-VITKIT_INLINE void pack_panels(const Row& row, int64_t first, int64_t rows, int64_t columns, float* dst) {
+VITKIT_INLINE void pack_panels(const Row& row, int64_t first, int64_t rows, int64_t columns,
+                               float* dst) {
   pack_panels<T>(row, first, rows, columns, dst, rows);
 }
 
-// dst[j * ld + d] = factor * row(first + j)[d]: the left operand A. Rows up to the next even number are zeroed.
+// dst[j * ld + d] = factor * row(first + j)[d]: the left operand A. Rows up to the next even number
+// are zeroed.
 template <typename T, typename Row>
-VITKIT_INLINE void pack_rows(const Row& row, int64_t first, int64_t rows, int64_t columns, float factor, float* dst,
-                             int64_t ld) {
+VITKIT_INLINE void pack_rows(const Row& row, int64_t first, int64_t rows, int64_t columns,
+                             float factor, float* dst, int64_t ld) {
   for (int64_t j = 0; j < round_rows(rows); ++j) {
     const T* from = j < rows ? row(first + j) : nullptr;
     for (int64_t d = 0; d < columns; d += kLanes) {

@@ -1,4 +1,5 @@
-// What the host files of the attention ops hand to their kernels: plain data, no torch types, no instruction set.
+// What the host files of the attention ops hand to their kernels: plain data, no torch types, no
+// instruction set.
 #pragma once
 
 #include <cstdint>
@@ -13,17 +14,17 @@ struct RowsView {
   int64_t batch_stride, token_stride, head_stride;
 };
 
-// Added to the scaled scores (floating types) or true where a key may be attended (boolean). A stride is 0 where the
-// tensor broadcasts. data is null without bias.
+// Added to the scaled scores (floating types) or true where a key may be attended (boolean). A
+// stride is 0 where the tensor broadcasts. data is null without bias.
 struct BiasView {
   const char* data;
   ElementType type;
   int64_t batch_stride, head_stride, query_stride, key_stride;
 };
 
-// `batch` problems of `heads` heads. Dense: problem b is batch element b with nq queries and nk keys. Packed: problem b
-// has queries [starts_q[b], starts_q[b + 1]) and keys [starts_k[b], starts_k[b + 1]); the host has made both
-// non-decreasing and kept them inside the tensors.
+// `batch` problems of `heads` heads. Dense: problem b is batch element b with nq queries and nk
+// keys. Packed: problem b has queries [starts_q[b], starts_q[b + 1]) and keys [starts_k[b],
+// starts_k[b + 1]); the host has made both non-decreasing and kept them inside the tensors.
 struct AttentionInputs {
   ElementType type;  // of q, k, v and of what has their shape
   RowsView q, k, v;

@@ -1,8 +1,10 @@
 // Score terms: what is added to a scaled score before the softmax. A term has
 //   kNone              true: there is nothing to add, and row is never called
-//   row(i, j0, body)   calls body(add) once, where add(x, j, lanes) returns x + term(i, j0 + j ...) * log2(e) for `lanes`
+//   row(i, j0, body)   calls body(add) once, where add(x, j, lanes) returns x + term(i, j0 + j ...)
+//   * log2(e) for `lanes`
 //                      (at most kLanes) consecutive keys; x holds scaled scores in base-2 units
-// The indirection lets a term choose its inner loop per row, and each core its own layout of scores.
+// The indirection lets a term choose its inner loop per row, and each core its own layout of
+// scores.
 #pragma once
 
 #include "attention/params.h"

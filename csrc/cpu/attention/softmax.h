@@ -1,13 +1,14 @@
 // One row of scores at a time: the term, the maximum, and 2^(scaled score - shift) with its sum.
-// Rows are padded: reading and writing up to the next multiple of kLanes is allowed. Scores are scaled into base-2 units
-// (log2 e is part of `scale`), so a probability is one exp2.
+// Rows are padded: reading and writing up to the next multiple of kLanes is allowed. Scores are
+// scaled into base-2 units (log2 e is part of `scale`), so a probability is one exp2.
 #pragma once
 
 #include "simd.h"
 
 namespace vitkit::cpu::VITKIT_ISA {
 
-// x where it is larger than `bound` or NaN. (Written as a comparison with a constant, GCC takes two instructions.)
+// x where it is larger than `bound` or NaN. (Written as a comparison with a constant, GCC takes two
+// instructions.)
 VITKIT_INLINE f32v at_least(f32v x, float bound) {
 #if defined(__AVX512F__) && VITKIT_SIMD_LANES == 16
   return f32v(_mm512_max_ps(__m512(splat(bound)), __m512(x)));
@@ -18,24 +19,28 @@ VITKIT_INLINE f32v at_least(f32v x, float bound) {
 #endif
 }
 
-// 2^x for x <= 1, below 2^-126 exactly 0, NaN stays NaN. Minimax polynomials through 2^0 = 1 on [-1/2, 1/2], so that the
-// largest probability of a row is exact: relative error 1.0e-4, 2.8e-6, 9.1e-8 (before rounding) for degree 3, 4, 5.
-// Evaluated as a tree, not by Horner's rule: latency is what limits this loop.
+// 2^x for x <= 1, below 2^-126 exactly 0, NaN stays NaN. Minimax polynomials through 2^0 = 1 on
+// [-1/2, 1/2], so that the largest probability of a row is exact: relative
+// error 1.0e-4, 2.8e-6, 9.1e-8 (before rounding) for degree 3, 4, 5. Evaluated as a tree, not by
+// Horner's rule: latency is what limits this loop.
 template <int kDegree>
 VITKIT_INLINE f32v exp2_softmax(f32v x) {
   static_assert(kDegree >= 3 && kDegree <= 5);
-  constexpr float kTable[3][5] = {{0.6932829022f, 0.2422109693f, 0.05500893295f, 0.f, 0.f},
-                                  {0.6931241751f, 0.2402409911f, 0.05590642616f, 0.009582852945f, 0.f},
-                                  {0.6931470037f, 0.2402224243f, 0.05550733581f, 0.009671512991f, 0.001326472731f}};
+  constexpr float kTable[3][5] = {
+      {0.6932829022f, 0.2422109693f, 0.05500893295f, 0.f, 0.f},
+      {0.6931241751f, 0.2402409911f, 0.05590642616f, 0.009582852945f, 0.f},
+      {0.6931470037f, 0.2402224243f, 0.05550733581f, 0.009671512991f, 0.001326472731f}};
   constexpr int d = kDegree - 3;
-  const f32v magic = splat(12582912.f + 127.f);  // 1.5 * 2^23 + bias: adding it leaves round(x) + 127 in the low bits
+  const f32v magic = splat(
+      12582912.f + 127.f);  // 1.5 * 2^23 + bias: adding it leaves round(x) + 127 in the low bits
   const f32v clamped = at_least(x, -127.f);
   const f32v shifted = clamped + magic;
   const f32v r = clamped - (shifted - magic), r2 = r * r;
   const f32v low = fma(splat(kTable[d][0]), r, splat(1.f));
   f32v high = fma(splat(kTable[d][2]), r, splat(kTable[d][1]));
   if constexpr (kDegree == 4) high = fma(splat(kTable[d][3]), r2, high);
-  if constexpr (kDegree == 5) high = fma(fma(splat(kTable[d][4]), r, splat(kTable[d][3])), r2, high);
+  if constexpr (kDegree == 5)
+    high = fma(fma(splat(kTable[d][4]), r, splat(kTable[d][3])), r2, high);
   return fma(high, r2, low) * f32v(i32v(shifted) << 23);
 }
 
@@ -46,7 +51,9 @@ VITKIT_INLINE i32v lane_index() {
 }
 
 // The first n lanes of v, `fill` in the others.
-VITKIT_INLINE f32v keep_lanes(f32v v, int64_t n, float fill) { return lane_index() < int32_t(n) ? v : splat(fill); }
+VITKIT_INLINE f32v keep_lanes(f32v v, int64_t n, float fill) {
+  return lane_index() < int32_t(n) ? v : splat(fill);
+}
 
 VITKIT_INLINE float row_max(const float* s, int64_t n) {
   f32v m0 = splat(-INFINITY), m1 = m0;
@@ -60,7 +67,8 @@ VITKIT_INLINE float row_max(const float* s, int64_t n) {
   return reduce_max(max(m0, m1));
 }
 
-// s[j] = combine(s[j], j, lanes) for j < n, `lanes` <= kLanes elements at a time; returns the maximum.
+// s[j] = combine(s[j], j, lanes) for j < n, `lanes` <= kLanes elements at a time; returns the
+// maximum.
 template <typename Combine>
 VITKIT_INLINE float row_map_max(float* s, int64_t n, const Combine& combine) {
   f32v m = splat(-INFINITY);

@@ -1,5 +1,5 @@
-// Token maps: where the rows of one attention problem (one head of one batch element, sequence, window or segment) lie in
-// memory. A map has
+// Token maps: where the rows of one attention problem (one head of one batch element, sequence,
+// window or segment) lie in memory. A map has
 //   nq, nk, causal                      queries, keys; whether query i attends only keys j <= i
 //   q_row(i), k_row(j), v_row(j)        pointers to head_dim elements
 //   out_row(i), lse(i)                  where the result of query i goes

@@ -1,4 +1,5 @@
-// SiLU and its derivative on vectors, as accurate as the element type they will be rounded to needs.
+// SiLU and its derivative on vectors, as accurate as the element type they will be rounded to
+// needs.
 #pragma once
 
 #include "simd.h"

@@ -1,5 +1,5 @@
-// Mean and M2 (sum of squared deviations) without cancellation: exact two-pass over chunks that stay
-// in the first-level cache, chunks merged by Chan's formula in double.
+// Mean and M2 (sum of squared deviations) without cancellation: exact two-pass over chunks that
+// stay in the first-level cache, chunks merged by Chan's formula in double.
 #pragma once
 
 #include "simd.h"
