@@ -41,14 +41,9 @@ def poisoned_memory():
 def cpu_isa():
     """Runs the test with a given instruction set: ``cpu_isa("base")``; skips where this machine
     cannot."""
-    import ctypes
+    from native_library import cpu_library
 
-    from vitkit import _library
-
-    path = _library.native_path("_C_cpu")
-    assert path is not None, "the tests need the native CPU library: python csrc/build.py"
-    _library.native_error("_C_cpu")
-    library = ctypes.CDLL(str(path))
+    library = cpu_library()
 
     def force(name):
         if library.vitkit_force_cpu_isa(name.encode()) != 0:

@@ -52,8 +52,7 @@ struct f16 {
   uint16_t bits;
 };
 
-// ---- scalar conversions
-// -----------------------------------------------------------------------------------------
+// ---- scalar conversions ----
 
 VITKIT_INLINE float to_float(float x) { return x; }
 
@@ -117,8 +116,7 @@ VITKIT_INLINE void from_float(float x, f16* y) {
 #endif
 }
 
-// ---- vector load and store, always computing in float32
-// ---------------------------------------------------------
+// ---- vector load and store, always computing in float32 ----
 
 VITKIT_INLINE f32v splat(float x) { return x - f32v{}; }
 
@@ -250,8 +248,7 @@ VITKIT_INLINE void each_vector(int64_t n, const F& f) {
   if (i < n) f(i, int(n - i));
 }
 
-// ---- arithmetic
-// --------------------------------------------------------------------------------------------------
+// ---- arithmetic ----
 
 // a * b + c; contracted to one FMA where the target has it (-ffp-contract=fast).
 VITKIT_INLINE f32v fma(f32v a, f32v b, f32v c) { return a * b + c; }

@@ -333,15 +333,15 @@ class AmxGradient {
                      true);
   }
 
-  int64_t head_dim_, depth_, columns_,
-      strips_;  // depth_, columns_: of a head, in tiles of 32 and 16
+  // depth_, columns_: of a head, in tiles of 32 and 16.
+  int64_t head_dim_, depth_, columns_, strips_;
   bf16 *k_, *v_, *k_pairs_, *q_, *grad_, *q_transposed_, *grad_transposed_;
   float *scores_, *dp_;  // of one strip
   bf16 *p_pairs_, *ds_pairs_, *ds_;
   RowConstants* constants_;
   bf16* rows_;
-  float *dq_ = nullptr, *dk_ = nullptr,
-        *dv_ = nullptr;  // sums; dK and dV transposed, strip by strip
+  // Sums; those of dK and dV transposed, strip by strip.
+  float *dq_ = nullptr, *dk_ = nullptr, *dv_ = nullptr;
 };
 
 }  // namespace vitkit::cpu::VITKIT_ISA

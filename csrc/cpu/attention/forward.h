@@ -17,8 +17,8 @@ namespace vitkit::cpu::VITKIT_ISA {
 
 constexpr int64_t kGroupRows = 1024;  // packing again per group costs about 2 % of its products
 constexpr int64_t kResidentBytes = 4 << 20;
-constexpr int64_t kSweepBytes =
-    256 << 10;  // packed keys of the heads of one sweep: half a small second-level cache
+// Packed keys of the heads of one sweep: half a small second-level cache.
+constexpr int64_t kSweepBytes = 256 << 10;
 constexpr int64_t kMaxSweepHeads = 8;
 
 VITKIT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -76,8 +76,8 @@ struct Workspace {
   WorkspaceSizes sizes;
   int64_t sweep_heads;
   Compute compute;
-  float *shift,
-      *sum;  // of each row of the group: maximum so far in base-2 units, sum of 2^(score - shift)
+  // Of each row of the group: maximum so far in base-2 units, sum of 2^(score - shift).
+  float *shift, *sum;
   int64_t bytes;
 
   // For problems of at most max_nk keys, of which `heads` lie side by side.

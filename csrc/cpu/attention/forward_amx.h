@@ -21,8 +21,7 @@ constexpr int64_t kTileK = 32;      // k of one product
 constexpr int64_t kTileSize = 512;  // bfloat16 elements of an operand
 constexpr int64_t kTileSums = 256;  // float32 elements of a sum
 
-// ---- vectors of 16
-// -----------------------------------------------------------------------------------------------
+// ---- vectors of 16 ----
 
 // Lane l of the result is lane kIndex[l] of a (0 .. 15) or b (16 .. 31).
 template <int... kIndex>
@@ -101,8 +100,7 @@ VITKIT_INLINE void store_pair(bf16* p, f32v low, f32v high) {
 #endif
 }
 
-// ---- tiles
-// -------------------------------------------------------------------------------------------------------
+// ---- tiles ----
 
 // kRows x kCols tiles of C (+)= A B over k tiles. Tile (i, s) of A is a + i * a_row + s *
 // kTileSize, tile (s, j) of B is b + j * b_col + s * b_step, tile (i, j) of C is c + i * c_row + j
@@ -158,8 +156,7 @@ VITKIT_INLINE void tile_product(int64_t rows, int64_t cols, const TileOperands& 
     cols > 1 ? tile_product<1, 2>(o, accumulate) : tile_product<1, 1>(o, accumulate);
 }
 
-// ---- one block of queries and one chunk of keys
-// ----------------------------------------------------------------------
+// ---- one block of queries and one chunk of keys ----
 
 class AmxCompute {
  public:
@@ -399,8 +396,8 @@ class AmxCompute {
       store(row + t * kTileSums, load(row + t * kTileSums) * factor);
   }
 
-  int64_t head_dim_, depth_, columns_,
-      chunk_;  // depth_, columns_: of a head, in tiles of 32 and 16
+  // depth_, columns_: of a head, in tiles of 32 and 16.
+  int64_t head_dim_, depth_, columns_, chunk_;
   bf16 *q_, *k_, *v_;
   float* scores_;
   bf16* p_;

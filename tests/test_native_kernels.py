@@ -1,0 +1,123 @@
+"""The CPU attention kernels without PyTorch: every instruction set this machine has, and stand-ins
+for those it lacks.
+
+``tests/native`` holds one driver per kernel file; it is compiled together with the kernel under the
+flags of an instruction set, and checks every case against float64. Code for 16 lanes and for AMX
+tiles runs everywhere in two more builds: vectors of 16 lanes made of narrower ones, and tiles in
+plain C++, under the address and undefined behaviour sanitizers.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from native_library import cpu_library
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = {"forward": "flash_attention_kernel.cpp", "backward": "flash_attention_bwd_kernel.cpp"}
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+LANES = ["-DVITKIT_SIMD_LANES=16", "-Wno-maybe-uninitialized"]
+TILES = [*LANES, "-DVITKIT_EMULATE_AMX"]
+
+
+@functools.cache
+def _build():
+    spec = importlib.util.spec_from_file_location("vitkit_build", ROOT / "csrc" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _variants() -> dict[str, tuple[str, list[str]]]:
+    """(instruction set whose code it is, flags)."""
+    flags = _build().ISA_FLAGS
+    wide = flags["avx2"] if _has("avx2") else []
+    native = {isa: (isa, flags[isa]) for isa in flags}
+    return native | {
+        "avx512-emulated": ("avx512", [*wide, *LANES]),
+        "amx-emulated": ("amx", [*wide, *TILES]),
+        "amx-emulated-sanitized": ("amx", [*wide, *TILES, *SANITIZE]),
+    }
+
+
+@functools.cache
+def _has(isa: str) -> bool:
+    library = cpu_library()
+    can = library.vitkit_force_cpu_isa(isa.encode()) == 0
+    library.vitkit_force_cpu_isa(b"auto")
+    return can
+
+
+def compile_driver(target: Path, kernel: str, variant: str, csrc: Path) -> Path:
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    build = _build()
+    isa, flags = _variants()[variant]
+    command = [compiler, *build.CXX_FLAGS, *build.KERNEL_FLAGS, *flags, "-O1"]
+    command.remove("-fno-exceptions")  # of the driver's containers
+    command += [f"-DVITKIT_ISA={isa}", f"-I{csrc / 'core'}", f"-I{csrc / 'cpu'}"]
+    command += [str(ROOT / "tests" / "native" / f"attention_{kernel}_driver.cpp")]
+    command += [str(csrc / "cpu" / KERNELS[kernel]), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return target
+
+
+def run(driver: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([driver], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "variant", ["base", "avx2", "avx512", "amx", "avx512-emulated", "amx-emulated-sanitized"]
+)
+def test_every_case(tmp_path, kernel, variant):
+    if "-" not in variant and not _has(variant):
+        pytest.skip(f"this CPU has no {variant}")
+    done = run(compile_driver(tmp_path / "driver", kernel, variant, ROOT / "csrc"))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert ", 0 failed" in done.stdout
+
+
+# What is broken -> (kernel, variant, header, text, replacement).
+MUTANTS = {
+    "last key of a ragged row is forgotten": (
+        "forward", "amx-emulated", "softmax.h", "keep_lanes(p, n - j, 0.f)",
+        "keep_lanes(p, n - j - 1, 0.f)",
+    ),
+    "output is not rescaled between chunks": (
+        "forward", "amx-emulated", "forward_amx.h", "load(row + t * kTileSums) * factor",
+        "load(row + t * kTileSums)",
+    ),
+    "delta ignores the gradient of lse": (
+        "backward", "avx512-emulated", "backward.h", "reduce_add(sum) - map.grad_lse(i)",
+        "reduce_add(sum)",
+    ),
+    "diagonal attends one key too many": (
+        "backward", "amx-emulated", "backward.h", "b.q0 + r + 1 - b.k0", "b.q0 + r + 2 - b.k0",
+    ),
+    "sums of dK and dV are stored unturned": (
+        "backward", "amx-emulated", "backward_amx.h", "transpose16(v);\n", "",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_drivers_notice_broken_kernels(tmp_path, mutant):
+    kernel, variant, header, text, replacement = MUTANTS[mutant]
+    csrc = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    path = csrc / "cpu" / "attention" / header
+    source = path.read_text()
+    assert text in source, f"{header} no longer has {text!r}: choose another mutant"
+    path.write_text(source.replace(text, replacement))
+    done = run(compile_driver(tmp_path / "driver", kernel, variant, csrc))
+    assert done.returncode != 0, f"the driver passes although {mutant}"
