@@ -1,17 +1,17 @@
 """Rows as text: a line, a Markdown table, a JSON file, a page; and the README's table.
 
 ``python -m vitkit.benchmarks.report results.json`` prints Markdown, ``--html FILE`` writes the
-page,
-``--readme README.md`` rewrites the table between the markers, ``--check`` fails if it would change.
+page, ``--readme README.md`` rewrites the table between the markers, ``--check`` fails if it would
+change.
 """
 
 from __future__ import annotations
 
 import argparse
-import html as html_escape
 import json
 import sys
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,9 @@ def describe_environment(facts: dict[str, Any]) -> str:
 def markdown(facts: dict[str, Any], rows: Sequence[Row]) -> str:
     """One table per op, slow-downs included, and the geometric mean of each."""
     lines = [describe_environment(facts), ""]
+    if facts.get("call_microseconds"):
+        calls = (f"{name} {us:.1f} us" for name, us in facts["call_microseconds"].items())
+        lines += [f"A call on one element: {', '.join(calls)}.", ""]
     for op in dict.fromkeys(r.op for r in rows):
         mine = [r for r in rows if r.op == op]
         lines += [
@@ -75,10 +78,14 @@ def _time(microseconds: float) -> str:
     return f"{microseconds / 1e3:.2f} ms" if microseconds >= 1e3 else f"{microseconds:.0f} us"
 
 
+def as_json(facts: dict[str, Any], rows: Sequence[Row], failures: dict[str, str]) -> str:
+    data = {"environment": facts, "rows": [r.to_dict() for r in rows], "failures": failures}
+    return json.dumps(data, indent=1)
+
+
 def store(path: Path, facts: dict[str, Any], rows: Sequence[Row], failures: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = {"environment": facts, "rows": [r.to_dict() for r in rows], "failures": failures}
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    path.write_text(as_json(facts, rows, failures) + "\n")
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
@@ -86,60 +93,22 @@ def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
     return data["environment"], [Row(**row) for row in data["rows"]]
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>vitkit benchmarks</title>
-<style>
-:root {{ --paper: #fdfcfa; --ink: #22252a; --soft: #6a7078; --line: #dedad3; --bar: #0b7a75; --slow:
-#b3261e; }} @media (prefers-color-scheme: dark) {{
-  :root {{ --paper: #16181b; --ink: #e8e6e1; --soft: #9aa0a8; --line: #34383d; --bar: #3cc4b8;
-  --slow: #ff8a80; }}
-}}
-body {{ margin: 0 auto; max-width: 64rem; padding: 1.5rem; background: var(--paper); color:
-var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }}
-h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.1rem; margin-top: 2rem; }} .soft {{ color:
-var(--soft); font-size: .9rem; }} .row {{ display: grid; grid-template-columns: minmax(9rem, 22rem)
-1fr; gap: .2rem .8rem; align-items: center;
-  padding: .35rem 0; border-bottom: 1px solid var(--line); }}
-.bar {{ position: relative; height: 1.35rem; }}
-.bar i {{ position: absolute; inset: 0 auto 0 0; background: var(--bar); border-radius: 3px; }}
-.bar i.slow {{ background: var(--slow); }}
-.bar b {{ position: absolute; left: .5rem; color: var(--paper); font-size: .85rem; line-height:
-1.35rem; }} .bar u {{ position: absolute; top: -3px; bottom: -3px; width: 2px; background:
-var(--ink); }} @media (max-width: 40rem) {{ .row {{ grid-template-columns: 1fr; }} }}
-</style></head><body>
-<h1>vitkit against the best rival of each row</h1>
-<p class="soft">{facts}</p>
-<p class="soft">A bar is the best rival's time over ours; the line is 1x. Every row passed the
-parity gate before and after it was timed.</p>
-{sections}
-</body></html>
-"""
-
-
 def html(facts: dict[str, Any], rows: Sequence[Row]) -> str:
     """A self-contained page of speed-up bars, readable on a phone, light and dark."""
-    longest = max([r.ratio for r in rows] + [1.0])
-    sections = []
+    import jinja2
+
+    source = files(__package__).joinpath("page.html").read_text()
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    ops = []
     for op in dict.fromkeys(r.op for r in rows):
         mine = [r for r in rows if r.op == op]
-        mean = geometric_mean([r.ratio for r in mine])
-        sections.append(f"<h2>{op}: {mean:.2f}x (geometric mean)</h2>")
-        for r in mine:
-            label = html_escape.escape(f"{r.name}, {r.mode}, {r.dtype}, {r.layout}")
-            detail = html_escape.escape(
-                f"{r.shape}; {_time(r.microseconds)} against {r.best_rival}"
-                f" {_time(r.rivals[r.best_rival])}; {r.floor_fraction:.0%} of the floor"
-            )
-            slow = ' class="slow"' if r.ratio < 1 else ""
-            sections.append(
-                f'<div class="row"><div>{label}<br><span class="soft">{detail}</span></div>'
-                f'<div class="bar"><i{slow} style="width:{100 * r.ratio / longest:.1f}%"></i>'
-                f'<u style="left:{100 / longest:.1f}%"></u><b>{r.ratio:.2f}x</b></div></div>'
-            )
-    text = html_escape.escape(describe_environment(facts))
-    return _PAGE.format(facts=text, sections="\n".join(sections))
+        ops.append({"name": op, "mean": geometric_mean([r.ratio for r in mine]), "rows": mine})
+    return environment.from_string(source).render(
+        environment=describe_environment(facts),
+        longest=max([r.ratio for r in rows] + [1.0]),
+        ops=ops,
+        time=_time,
+    )
 
 
 def with_table(readme: str, table: str) -> str:

@@ -10,14 +10,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
-from . import report
+from . import overhead, report
 from .harness import Case, Roofline, Row, measure, measure_roofline
 
 OPS = ("group_norm_silu", "flash_attention")
+STDOUT = Path("-")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,7 +35,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--mode", choices=("forward", "forward+backward"), help="only this mode")
     p.add_argument("--name", help="only rows whose model name contains this")
     p.add_argument("--seconds", type=float, default=2.0, help="time per row")
-    p.add_argument("--json", type=Path, help="store the rows here")
+    p.add_argument(
+        "--json", type=Path, nargs="?", const=STDOUT, metavar="FILE",
+        help="store the rows in FILE; without one, print them instead of the table",
+    )  # fmt: skip
     p.add_argument("--report", type=Path, help="write an HTML page here")
     shape = p.add_argument_group("your own shape")
     shape.add_argument("--q", help="flash_attention: BxNxHxD")
@@ -105,7 +109,8 @@ def selected_cases(options: argparse.Namespace) -> list[Case]:
 
 
 def environment(device: str, roofline: Roofline) -> dict[str, Any]:
-    """Hardware, versions and commit: what a stored row means nothing without."""
+    """Hardware, versions and commit: what a stored row means nothing without. On a CPU also what
+    calling an op costs before its kernel does any work."""
     from vitkit import doctor
 
     facts = doctor.info()
@@ -127,6 +132,7 @@ def environment(device: str, roofline: Roofline) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "gemm_gflops": roofline.gemm_gflops,
         "copy_gbytes": roofline.copy_gbytes,
+        "call_microseconds": overhead.measure() if device == "cpu" else {},
     }
 
 
@@ -145,12 +151,17 @@ def _cpu_name() -> str:
 
 
 def run(
-    cases: Sequence[Case], device: str, seconds: float = 2.0, quiet: bool = False
+    cases: Sequence[Case], device: str, seconds: float = 2.0, progress: TextIO | None = None
 ) -> tuple[dict[str, Any], list[Row], dict[str, str]]:
-    """Measures all cases; returns the environment, the rows, and what failed, by case."""
+    """Measures all cases; returns the environment, the rows, and what failed, by case. ``progress``
+    gets a line per case."""
+
+    def tell(line: str) -> None:
+        if progress is not None:
+            print(line, file=progress, flush=True)
+
     roofline = measure_roofline(device, sorted({c.dtype for c in cases}, key=str))
-    if not quiet:
-        print(report.describe_roofline(roofline), flush=True)
+    tell(report.describe_roofline(roofline))
     rows: list[Row] = []
     failures: dict[str, str] = {}
     for index, case in enumerate(cases):
@@ -158,11 +169,10 @@ def run(
         try:
             torch._dynamo.reset()
             rows.append(measure(case, device, roofline, seconds))
-            if not quiet:
-                print(f"[{index + 1}/{len(cases)}] {report.describe_row(rows[-1])}", flush=True)
+            tell(f"[{index + 1}/{len(cases)}] {report.describe_row(rows[-1])}")
         except Exception as error:
             failures[label] = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(f"[{index + 1}/{len(cases)}] {label}: FAILED {failures[label]}", flush=True)
+            tell(f"[{index + 1}/{len(cases)}] {label}: FAILED {failures[label]}")
     return environment(device, roofline), rows, failures
 
 
@@ -172,12 +182,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = selected_cases(options)
     if not cases:
         raise SystemExit("vitkit bench: no case matches these options")
+    # With JSON on the standard output, everything for people goes to the other one.
+    talk = sys.stderr if options.json == STDOUT else sys.stdout
     if len(cases) == 1 and cases[0].name == "your shape":
-        print(_explain(options), flush=True)
-    facts, rows, failures = run(cases, options.device, options.seconds)
-    print()
-    print(report.markdown(facts, rows))
-    if options.json:
+        print(_explain(options), file=talk, flush=True)
+    facts, rows, failures = run(cases, options.device, options.seconds, talk)
+    if options.json == STDOUT:
+        print(report.as_json(facts, rows, failures))
+    else:
+        print()
+        print(report.markdown(facts, rows))
+    if options.json and options.json != STDOUT:
         report.store(options.json, facts, rows, failures)
     if options.report:
         options.report.write_text(report.html(facts, rows))

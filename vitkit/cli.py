@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+
+
+class Device(str, Enum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 @app.command()
@@ -70,11 +82,21 @@ def doctor(
         console.print("vitkit works without these, on its slower reference backend.")
 
 
+def _device(asked: Device | None) -> Device:
+    import torch
+
+    if asked is Device.cuda and not torch.cuda.is_available():
+        raise typer.BadParameter("this machine has no CUDA device", param_hint="--device")
+    return asked or (Device.cuda if torch.cuda.is_available() else Device.cpu)
+
+
 @app.command()
 def demo(
-    image: Annotated[Path | None, typer.Option(help="a photograph of your own")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    image: Annotated[
+        Path | None, typer.Option(help="a photograph of your own", exists=True, dir_okay=False)
+    ] = None,
+    device: Annotated[Device | None, typer.Option(help="cuda where there is one")] = None,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
     out: Annotated[Path, typer.Option(help="folder of the HTML page")] = Path("demo-report"),
     pretrained: Annotated[bool, typer.Option(help="download real weights")] = False,
     quick: Annotated[bool, typer.Option(help="smaller models, a few seconds each")] = False,
@@ -82,15 +104,16 @@ def demo(
     """Real models on a real photograph, unpatched and patched, with the proof beside the speed."""
     from vitkit.demo import run
 
-    raise typer.Exit(run(console, image, device, dtype, out, pretrained, quick))
+    where = _device(device).value
+    raise typer.Exit(run(console, image, where, dtype.value, out, pretrained, quick))
 
 
 @app.command()
 def verify(
     model: Annotated[str, typer.Argument(help="timm:NAME, or module.path:callable making a model")],
     shape: Annotated[str, typer.Option(help="shape of the input, as 1x3x224x224")] = "1x3x224x224",
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    device: Annotated[Device | None, typer.Option(help="cuda where there is one")] = None,
+    dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
     backend: Annotated[str, typer.Option(help="backend of the patched modules")] = "auto",
 ) -> None:
     """Patches a model and proves that its numbers stay. Exit code 1 if they do not."""
@@ -99,18 +122,30 @@ def verify(
     import vitkit
     from vitkit.demo.models import build_model, parse_shape
 
-    torch.manual_seed(0)
-    built = build_model(model).to(device=device, dtype=getattr(torch, dtype)).eval()
-    x = torch.randn(parse_shape(shape)).to(device=device, dtype=getattr(torch, dtype))
+    try:
+        sizes = parse_shape(shape)
+        torch.manual_seed(0)
+        built = build_model(model)
+    except (ValueError, ImportError, AttributeError, RuntimeError) as error:
+        raise typer.BadParameter(str(error)) from error
+    target = {"device": _device(device).value, "dtype": getattr(torch, dtype.value)}
+    built = built.to(**target).eval()
+    x = torch.randn(sizes).to(**target)
     result = vitkit.verify(built, x, backend=backend)
     console.print(str(result), highlight=False, markup=False)
     raise typer.Exit(0 if result.ok else 1)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+# Its options, --help among them, belong to the benchmarks' own parser.
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)
 def bench(context: typer.Context) -> None:
-    """Speed and parity of the ops against the best PyTorch has; `vitkit bench --help` for
-    options."""
+    """Speed and parity of the ops against the best PyTorch has."""
     from vitkit.benchmarks.run import main as run_benchmarks
 
     raise typer.Exit(run_benchmarks(context.args))

@@ -13,7 +13,7 @@ import torch
 from vitkit._version import __version__
 from vitkit.verify import Verification
 
-Row = tuple[str, Verification, str]
+Row = tuple[str, Verification]
 
 
 def render(rows: list[Row], photo: torch.Tensor, device: str, dtype: str) -> str:
@@ -32,7 +32,7 @@ def render(rows: list[Row], photo: torch.Tensor, device: str, dtype: str) -> str
         threads=torch.get_num_threads() if device == "cpu" else None,
         dtype=dtype,
         versions=f"vitkit {__version__}, torch {torch.__version__}",
-        ok=all(r.ok for _, r, _ in rows),
+        ok=all(r.ok for _, r in rows),
     )
 
 
@@ -86,12 +86,12 @@ def _svg(figure: Any) -> str:
 
 def _bars(rows: list[Row]) -> str:
     figure, axes = _figure(0.6 + 0.72 * len(rows))
-    for i, (_, r, _) in enumerate(rows):
+    for i, (_, r) in enumerate(rows):
         before, after = r.seconds_before * 1e3, r.seconds_after * 1e3
         axes.barh(i - 0.19, before, 0.34, color=_BEFORE, label="unpatched" if i == 0 else None)
         axes.barh(i + 0.19, after, 0.34, color=_AFTER, label="patched" if i == 0 else None)
         axes.text(after, i + 0.19, f" {r.speedup:.2f}x", va="center", color=_INK, weight="bold")
-    axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds per call (median)")
     axes.legend(frameon=False, labelcolor=_INK, loc="lower right")
@@ -100,8 +100,8 @@ def _bars(rows: list[Row]) -> str:
 
 def _errors(rows: list[Row]) -> str:
     figure, axes = _figure(0.6 + 0.72 * len(rows))
-    for i, (_, r, _) in enumerate(rows):
-        worst = max(r.outputs, key=lambda o: o.parity.relative).parity
+    for i, (_, r) in enumerate(rows):
+        worst = r.worst.parity
         scale = worst.scale or 1.0
         points = (
             (worst.eager_max_error, "o", _BEFORE, "unpatched"),
@@ -115,7 +115,7 @@ def _errors(rows: list[Row]) -> str:
             )  # fmt: skip
     axes.set_xscale("log")
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.set_xlabel("max error against float64, relative to the largest output")
     axes.legend(
         frameon=False, labelcolor=_INK, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1.2)

@@ -1,0 +1,93 @@
+"""The Triton kernels, compiled for GPUs that are not there, judged by their machine code.
+
+Compiled, not run: types, tiles, shared memory, registers and instructions are those of a real GPU;
+numbers come from the interpreter (the op tests), speed from a GPU (``make gpu``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+# Calls compiled here; `python -m vitkit.kernels._aot` compiles all on all architectures.
+CALLS = ("siglip_head_dim_72", "beit_learned_bias", "unet_64px_nhwc", "vae_512px")
+ARCHITECTURES = ("sm80", "sm90", "sm100", "hip")
+# Bytes of shared memory (LDS) of one block: CUDA C++ programming guide, compute capabilities;
+# AMD CDNA 3 ISA.
+SHARED = {"sm80": 163 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "hip": 64 << 10}
+REGISTERS = {"sm80": 255, "sm90": 255, "sm100": 255, "hip": 512}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def rows(request, tmp_path_factory):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, "-m", "vitkit.kernels._aot", "--json", "--arch", request.param]
+    done = subprocess.run([*command, *CALLS], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    for row in found:
+        print(
+            f"{row['arch']:5} {row['spec']:20} {row['kernel']:28} {row['registers']:3} registers,"
+            f" {row['spills']:2} spills, {row['shared']:6} bytes shared"
+        )
+    assert {row["spec"] for row in found} == set(CALLS)
+    return request.param, found
+
+
+def test_machine_code(rows):
+    arch, found = rows
+    for row in found:
+        name = f"{arch} {row['spec']} {row['kernel']}"
+        assert 0 < row["registers"] <= REGISTERS[arch], name
+        assert row["shared"] <= SHARED[arch], f"{name}: {row['shared']} bytes of shared memory"
+        assert row["hot_spills"] == 0, f"{name}: spills in an inner loop"
+        assert row["spills"] <= 16, f"{name}: {row['spills']} spills"
+        assert (row["matmul"] > 0) == row["expects_matmul"], f"{name}: matrix instructions"
+        assert row["wide"] * 2 >= row["loads"] or not row["expects_matmul"], (
+            f"{name}: {row['wide']} of {row['loads']} loads are 8 bytes and more"
+        )
+
+
+def test_every_kernel_of_both_ops_is_compiled(rows):
+    _, found = rows
+    kernels = {row["kernel"] for row in found}
+    assert {
+        "attention_fwd_kernel",
+        "attention_delta_kernel",
+        "attention_bwd_dq_kernel",
+        "attention_bwd_dkv_kernel",
+        "attention_dbias_kernel",
+    } <= kernels
+    assert len([k for k in kernels if not k.startswith("attention")]) >= 4, kernels
+
+
+def test_every_head_dim_has_a_tile_on_every_architecture():
+    import torch
+    from vitkit.kernels import flash_attention as fa
+    from vitkit.kernels._primitives import Device
+
+    tables = (fa.FORWARD, fa.BACKWARD_DQ, fa.BACKWARD_DKV, fa.BACKWARD_DBIAS)
+    for arch in ("sm80", "sm86", "sm90", "sm100", "hip"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for head_dim in range(8, 257, 8):
+                for table in tables:
+                    for n in (1, 17, 197, 4096):
+                        tile = fa.pick_tile(table, Device.typical(arch), dtype, head_dim, n, n)
+                        assert tile.block_m >= 16 and tile.block_n >= 16
+    with pytest.raises(NotImplementedError, match="no tile for head dim 264"):
+        fa.pick_tile(fa.FORWARD, Device.typical("sm90"), torch.float16, 264, 1, 1)
+
+
+def test_rows_give_reasons():
+    from vitkit.kernels import flash_attention as fa
+
+    for table in (fa.FORWARD, fa.BACKWARD_DQ, fa.BACKWARD_DKV, fa.BACKWARD_DBIAS):
+        for row in table:
+            assert len(row.reason) > 12, row

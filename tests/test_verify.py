@@ -1,0 +1,112 @@
+"""vitkit.verify must say no when the numbers, or the run, are wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vitkit
+from vitkit.ops import group_norm_silu as op
+
+
+class Block(torch.nn.Module):
+    """A module vitkit replaces (torch.nn.GroupNorm), in a model with a layer it does not."""
+
+    def __init__(self, noise: float = 0.0) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = torch.nn.GroupNorm(2, 8)
+        self.noise = noise
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = self.norm(self.conv(x))
+        return {"features": y + self.noise * torch.randn_like(y), "mean": y.mean((2, 3))}
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(0)
+    return torch.randn(2, 3, 6, 5)
+
+
+def test_the_same_numbers(x):
+    model = Block()
+    result = vitkit.verify(model, x, seconds=0.01)
+    assert result.ok and not result.problems
+    assert [o.name for o in result.outputs] == ["['features']", "['mean']"]
+    assert [o.shape for o in result.outputs] == [(2, 8, 6, 5), (2, 8)]
+    assert result.kernel_calls == {"group_norm_silu_fwd": {"cpu": 1}}
+    assert result.backend == "cpu" and result.rounds >= 3
+    assert result.speedup == result.seconds_before / result.seconds_after
+    assert result.worst in result.outputs
+    assert not vitkit.is_patched(model) and model.training
+    assert result.to_dict()["ok"] is True
+
+
+def test_a_wrong_kernel_is_found(x, monkeypatch):
+    right = op.group_norm_silu
+    monkeypatch.setattr(op, "group_norm_silu", lambda *a, **k: right(*a, **k) * 1.001)
+    result = vitkit.verify(Block(), x, seconds=0.01)
+    assert not result.ok
+    assert "output['features']: " in result.problems[0]
+    assert "NOT the same numbers" in str(result)
+
+
+def test_random_numbers_prove_nothing(x):
+    result = vitkit.verify(Block(noise=3.0), x, seconds=0.01)
+    assert not result.ok
+    assert "is the model random in eval mode?" in str(result)
+
+
+def test_a_replaced_module_that_is_never_called_is_reported(x):
+    class Idle(Block):
+        def forward(self, x):
+            return self.conv(x)
+
+    result = vitkit.verify(Idle(), x, seconds=0.01)
+    assert result.problems == ["modules were replaced, but no kernel ran"]
+
+
+def test_backend_reference_needs_no_kernel(x):
+    result = vitkit.verify(Block(), x, backend="reference", seconds=0.01)
+    assert result.ok and result.backend == "reference" and result.kernel_calls == {}
+
+
+def test_a_failing_model_is_left_unpatched_in_its_own_mode(x):
+    class Failing(Block):
+        def forward(self, x):
+            if vitkit.is_patched(self):
+                raise RuntimeError("only when patched")
+            return self.norm(self.conv(x))
+
+    model = Failing()
+    with pytest.raises(RuntimeError, match="only when patched"):
+        vitkit.verify(model, x, seconds=0.01)
+    assert not vitkit.is_patched(model) and model.training
+
+
+def test_what_cannot_be_verified_is_refused(x):
+    model = Block()
+    vitkit.patch(model)
+    with pytest.raises(ValueError, match="model must not be patched already"):
+        vitkit.verify(model, x)
+
+    class Integers(torch.nn.Module):
+        def forward(self, x):
+            return x.argmax()
+
+    with pytest.raises(ValueError, match="model must return floating point tensors, got Tensor"):
+        vitkit.verify(Integers(), x)
+
+
+def test_inputs_may_be_nested_and_named():
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.GroupNorm(2, 4)
+
+        def forward(self, pair, *, scale):
+            return self.norm(pair[0] + pair[1]["x"]) * scale
+
+    pair = (torch.randn(1, 4, 3, 3), {"x": torch.randn(1, 4, 3, 3)})
+    assert vitkit.verify(Two(), pair, scale=torch.tensor(2.0), seconds=0.01).ok
