@@ -1,5 +1,5 @@
-"""The CPU attention kernels without PyTorch: every instruction set this machine has, and stand-ins
-for those it lacks.
+"""The CPU kernels without PyTorch: every instruction set this machine has, and stand-ins for those
+it lacks.
 
 ``tests/native`` holds one driver per kernel file; it is compiled together with the kernel under the
 flags of an instruction set, and checks every case against float64. Code for 16 lanes and for AMX
@@ -20,7 +20,12 @@ import pytest
 from native_library import cpu_library
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = {"forward": "flash_attention_kernel.cpp", "backward": "flash_attention_bwd_kernel.cpp"}
+# Driver -> the sources it is compiled with.
+KERNELS = {
+    "attention_forward": ("flash_attention_kernel.cpp",),
+    "attention_backward": ("flash_attention_bwd_kernel.cpp",),
+    "group_norm_silu": ("group_norm_silu_kernel.cpp", "scratch.cpp"),
+}
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 LANES = ["-DVITKIT_SIMD_LANES=16", "-Wno-maybe-uninitialized"]
 TILES = [*LANES, "-DVITKIT_EMULATE_AMX"]
@@ -64,8 +69,8 @@ def compile_driver(target: Path, kernel: str, variant: str, csrc: Path) -> Path:
     command = [compiler, *build.CXX_FLAGS, *build.KERNEL_FLAGS, *flags, "-O1"]
     command.remove("-fno-exceptions")  # of the driver's containers
     command += [f"-DVITKIT_ISA={isa}", f"-I{csrc / 'core'}", f"-I{csrc / 'cpu'}"]
-    command += [str(ROOT / "tests" / "native" / f"attention_{kernel}_driver.cpp")]
-    command += [str(csrc / "cpu" / KERNELS[kernel]), "-o", str(target)]
+    command += [str(ROOT / "tests" / "native" / f"{kernel}_driver.cpp")]
+    command += [*(str(csrc / "cpu" / name) for name in KERNELS[kernel]), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return target
@@ -90,22 +95,31 @@ def test_every_case(tmp_path, kernel, variant):
 # What is broken -> (kernel, variant, header, text, replacement).
 MUTANTS = {
     "last key of a ragged row is forgotten": (
-        "forward", "amx-emulated", "softmax.h", "keep_lanes(p, n - j, 0.f)",
+        "attention_forward", "amx-emulated", "attention/softmax.h", "keep_lanes(p, n - j, 0.f)",
         "keep_lanes(p, n - j - 1, 0.f)",
     ),
     "output is not rescaled between chunks": (
-        "forward", "amx-emulated", "forward_amx.h", "load(row + t * kTileSums) * factor",
-        "load(row + t * kTileSums)",
+        "attention_forward", "amx-emulated", "attention/forward_amx.h",
+        "load(row + t * kTileSums) * factor", "load(row + t * kTileSums)",
     ),
     "delta ignores the gradient of lse": (
-        "backward", "avx512-emulated", "backward.h", "reduce_add(sum) - map.grad_lse(i)",
-        "reduce_add(sum)",
+        "attention_backward", "avx512-emulated", "attention/backward.h",
+        "reduce_add(sum) - map.grad_lse(i)", "reduce_add(sum)",
     ),
     "diagonal attends one key too many": (
-        "backward", "amx-emulated", "backward.h", "b.q0 + r + 1 - b.k0", "b.q0 + r + 2 - b.k0",
+        "attention_backward", "amx-emulated", "attention/backward.h",
+        "b.q0 + r + 1 - b.k0", "b.q0 + r + 2 - b.k0",
     ),
     "sums of dK and dV are stored unturned": (
-        "backward", "amx-emulated", "backward_amx.h", "transpose16(v);\n", "",
+        "attention_backward", "amx-emulated", "attention/backward_amx.h", "transpose16(v);\n", "",
+    ),
+    "deviations are taken from half the mean": (
+        "group_norm_silu", "avx512-emulated", "norm/statistics.h", "const f32v m = splat(mean);",
+        "const f32v m = splat(mean / 2);",
+    ),
+    "the gradient forgets its projection on xhat": (
+        "group_norm_silu", "avx512-emulated", "group_norm_silu_kernel.cpp", "-rstd * g2 / m",
+        "-rstd * 0 * g2 / m",
     ),
 }  # fmt: skip
 
@@ -115,7 +129,7 @@ def test_drivers_notice_broken_kernels(tmp_path, mutant):
     kernel, variant, header, text, replacement = MUTANTS[mutant]
     csrc = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
-    path = csrc / "cpu" / "attention" / header
+    path = csrc / "cpu" / header
     source = path.read_text()
     assert text in source, f"{header} no longer has {text!r}: choose another mutant"
     path.write_text(source.replace(text, replacement))

@@ -10,10 +10,10 @@
 #include <tuple>
 
 #include "attention/inputs.h"
-#include "attention/scratch.h"
 #include "check.h"
 #include "isa.h"
 #include "parallel.h"
+#include "scratch.h"
 
 VITKIT_ISA_TABLE(FlashForwardKernels, flash_forward_kernels)
 

@@ -3,9 +3,9 @@
 // parts whose number does not depend on the threads, so that results do not either.
 #include "group_norm_silu.h"
 
-#include "attention/scratch.h"
 #include "norm/activation.h"
 #include "norm/statistics.h"
+#include "scratch.h"
 
 namespace vitkit::cpu::VITKIT_ISA {
 namespace {
@@ -29,7 +29,8 @@ VITKIT_INLINE T* at(void* base, int64_t offset) {
   return static_cast<T*>(base) + offset;
 }
 
-// z = x * factor + term
+// z = x * factor + term. The term is rounded once: it cancels against x * factor where a group lies
+// far from 0.
 struct Affine {
   float factor, term;
 };
@@ -38,8 +39,8 @@ VITKIT_INLINE Affine affine_of(const GroupNormForward& p, int64_t n, int64_t c, 
                                float rstd) {
   const int64_t i = n * p.shape.channels + c;
   const float factor = rstd * p.gain[i];
-  const float add = p.add ? p.add[i] : 0.f;
-  return {factor, p.offset[i] + factor * (add - mean)};
+  const double centre = (p.add ? double(p.add[i]) : 0.) - double(mean);
+  return {factor, float(double(p.offset[i]) + double(factor) * centre)};
 }
 
 template <typename T, bool kSilu>
@@ -239,8 +240,8 @@ void forward_apply(const GroupNormForward& p, int64_t begin, int64_t end) {
 // ---- backward ----
 //
 // dz = grad * act'(z);  S1 = sum dz, S2 = sum dz * xhat, S3 = sum xhat over the positions of a
-// channel G1 = sum over the group of gain * S1, G2 of gain * S2;  m elements in a group dx = rstd *
-// (gain * dz - G1 / m - xhat * G2 / m)
+// channel; G1 = sum over the group of gain * S1, G2 of gain * S2; m elements in a group.
+// dx = rstd * (gain * dz - G1 / m - xhat * G2 / m)
 
 struct Channel {
   Affine z;     // z = x * factor + term
@@ -250,8 +251,10 @@ struct Channel {
 VITKIT_INLINE Channel channel_of(const GroupNormBackward& p, int64_t n, int64_t c) {
   const GroupNormShape& s = p.shape;
   const int64_t i = n * s.channels + c, group = n * s.groups + c / s.channels_per_group();
-  const float rstd = p.rstd[group], centre = (p.add ? p.add[i] : 0.f) - p.mean[group];
-  return {{rstd * p.gain[i], p.gain[i] * rstd * centre + p.offset[i]}, {rstd, rstd * centre}};
+  const float rstd = p.rstd[group], factor = rstd * p.gain[i];
+  const double centre = (p.add ? double(p.add[i]) : 0.) - double(p.mean[group]);
+  return {{factor, float(double(factor) * centre + double(p.offset[i]))},
+          {rstd, float(double(rstd) * centre)}};
 }
 
 // dx = dz * of_dz + x * of_x + constant
@@ -284,8 +287,8 @@ VITKIT_INLINE void sum_row(const T* x, const T* grad, int64_t n, Channel channel
                            double* out) {
   const f32v factor = splat(channel.z.factor), term = splat(channel.z.term);
   const f32v xfactor = splat(channel.xhat.factor), xterm = splat(channel.xhat.term);
-  const auto add = [&](Sums& sums, f32v v, f32v g) {
-    const f32v xhat = fma(v, xfactor, xterm);
+  const auto xhat_of = [&](f32v v) { return fma(v, xfactor, xterm); };
+  const auto add = [&](Sums& sums, f32v v, f32v g, f32v xhat) {
     const f32v dz = activation_gradient<T, kSilu>(v, g, factor, term);
     sums.dz += dz;
     sums.dz_xhat += dz * xhat;
@@ -300,23 +303,21 @@ VITKIT_INLINE void sum_row(const T* x, const T* grad, int64_t n, Channel channel
       f32v v, w, g, h;
       load2(x + i, v, w);
       load2(grad + i, g, h);
-      g = add(sums, v, g);
-      h = add(more, w, h);
+      g = add(sums, v, g, xhat_of(v));
+      h = add(more, w, h, xhat_of(w));
       if (kept != nullptr) {
         store(kept + i, g);
         store(kept + i + kLanes, h);
       }
     }
-    int64_t past = 0;
     each_vector(stop - i, [&](int64_t k, auto count) {
-      // Lanes past the end have a zero gradient; their xhat is removed below.
-      const f32v dz = add(sums, load_partial(x + i + k, count), load_partial(grad + i + k, count));
+      const f32v v = load_partial(x + i + k, count), g = load_partial(grad + i + k, count);
+      const f32v dz = add(sums, v, g, keep_lanes(xhat_of(v), count, 0.f));
       if (kept != nullptr) store_partial(kept + i + k, dz, count);
-      past = kLanes - count;
     });
     out[0] += reduce_add(sums.dz + more.dz);
     out[1] += reduce_add(sums.dz_xhat + more.dz_xhat);
-    out[2] += reduce_add(sums.xhat + more.xhat) - double(past) * channel.xhat.term;
+    out[2] += reduce_add(sums.xhat + more.xhat);
   }
 }
 

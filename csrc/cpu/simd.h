@@ -250,6 +250,17 @@ VITKIT_INLINE void each_vector(int64_t n, const F& f) {
 
 // ---- arithmetic ----
 
+VITKIT_INLINE i32v lane_index() {
+  i32v index;
+  for (int i = 0; i < kLanes; ++i) index[i] = i;
+  return index;
+}
+
+// The first n lanes of v, `fill` in the others.
+VITKIT_INLINE f32v keep_lanes(f32v v, int64_t n, float fill) {
+  return lane_index() < int32_t(n) ? v : splat(fill);
+}
+
 // a * b + c; contracted to one FMA where the target has it (-ffp-contract=fast).
 VITKIT_INLINE f32v fma(f32v a, f32v b, f32v c) { return a * b + c; }
 

@@ -11,11 +11,13 @@ Two plug-ins, jit functions passed as constexpr, turn it into the attention of a
         token index of the rows ``i``; the row lies at batch * stride_batch + head * stride_head +
         token * stride_token. ``origin`` is what LOCATE returned for that side.
 *Score term*, what is done to the scores. None, or
-    ``TERM(term_args, batch, head, m, n) -> t``
+    ``TERM(term_args, batch, head, m, n, inside) -> t``
         a float tile is added to the scores in the exp2 domain (times log2 e), a bool tile says
-        which of them to keep. m and n are row and key indices, always inside the sequence, that
-        broadcast against each other in either orientation; t may be smaller than the tile. The
-        gradient of the term is the sum of the ``ds`` of :func:`grad_tile` over whatever shares it.
+        which of them to keep. m and n are row and key indices that broadcast against each other in
+        either orientation; t may be smaller than the tile. Rows lie inside the sequence, keys where
+        ``inside``, shaped like n, is true (None: everywhere). They are not clamped, for that would
+        hide from the compiler that they are consecutive. The gradient of the term is the sum of
+        the ``ds`` of :func:`grad_tile` over whatever shares it.
 
 Rows are held as one block of D0 columns, or two (D0 and D1, both powers of two, D1 = 0 for one),
 so that a head dim of 72 costs 64 + 16 columns and not 128. Nothing is padded in memory. Full tiles
@@ -110,20 +112,31 @@ def add_weighted_rows(acc, w, x, D1: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def score_tile(
-    a, b, scale, term_args, at, m, n, TERM: tl.constexpr, FOLD: tl.constexpr, D1: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Scores a b^T in the exp2 domain. With FOLD the factor ``scale`` is still missing: it is
-    positive and there is no term, so it becomes part of the multiply-add of the exponent."""
-    if TERM is not None:
-        # Loaded before the product: the compiler then keeps scores and row statistics in the
-        # layout of the product, otherwise it may convert all of them to the layout of this load.
-        t = TERM(term_args, at[0], at[1], m, n)
+def term_tile(
+    term_args, at, m, n, valid_n, MASK: tl.constexpr, ORIENTATION: tl.constexpr, TERM: tl.constexpr
+):
+    """The term of rows m and keys n, vectors; None without one. ORIENTATION 0: rows are rows of the
+    tile, 1: they are columns. MASK: some keys are not valid.
+
+    To be called before the tile's rows are loaded: bringing the term into the layout of a product
+    takes a barrier, and operands loaded before it would be held in registers across it."""
+    if TERM is None:
+        return None
+    else:
+        m = tl.minimum(m, at[4] - 1)
+        inside = tl.expand_dims(valid_n, ORIENTATION) if MASK else None
+        rows = tl.expand_dims(m, 1 - ORIENTATION)
+        return TERM(term_args, at[0], at[1], rows, tl.expand_dims(n, ORIENTATION), inside)
+
+
+@triton.jit
+def score_tile(a, b, scale, t, FOLD: tl.constexpr, D1: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores a b^T in the exp2 domain with term t. With FOLD the factor ``scale`` is still missing:
+    it is positive and there is no term, so it becomes part of the multiply-add of the exponent."""
     s = dot_rows(a, b, D1, PRECISION)
     if not FOLD:
         s = s * scale
-    if TERM is not None:
+    if t is not None:
         s = tl.where(t, s, float("-inf")) if t.dtype == tl.int1 else s + t
     return s
 
@@ -153,15 +166,14 @@ def attend(
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Query rows against keys [lo, hi), tile by tile. MASK: tiles may be ragged or diagonal."""
-    _, _, _, _, n_q, origin_k, n_k = at
-    rows = tl.minimum(offs_m, n_q - 1)[:, None]
+    _, _, _, _, _, origin_k, n_k = at
     for start in tl.range(lo, hi, BLOCK_N, num_stages=1 if MASK else None):
         offs_n = start + tl.arange(0, BLOCK_N)
         valid = offs_n < n_k
+        t = term_tile(term_args, at, offs_m, offs_n, valid, MASK, 0, TERM)
         tokens = TOKENS(map_args, origin_k, offs_n)
         k = load_rows(k_ptr, tokens * UNIT, k_stride, valid, MASK, D, D0, D1)
-        columns = tl.minimum(offs_n, n_k - 1)[None, :] if MASK else offs_n[None, :]
-        s = score_tile(q, k, scale, term_args, at, rows, columns, TERM, FOLD, D1, PRECISION)
+        s = score_tile(q, k, scale, t, FOLD, D1, PRECISION)
         if MASK:
             keep = valid[None, :]
             if CAUSAL:
@@ -278,14 +290,14 @@ def load_lse_delta(lse_ptr, delta_ptr, offsets, valid, MASK: tl.constexpr):
 
 @triton.jit
 def grad_tile(
-    a, b, c, d, lse, delta, scale, term_args, at, m, n, keep, TERM: tl.constexpr,
-    FOLD: tl.constexpr, MASK: tl.constexpr, D1: tl.constexpr, PRECISION: tl.constexpr,
+    a, b, c, d, lse, delta, scale, t, keep, FOLD: tl.constexpr, MASK: tl.constexpr,
+    D1: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(p, ds) of one tile: p = exp2(a b^T - lse), ds = p (c d^T - delta). a, b, c, d are q, k,
     grad, v, or k, q, v, grad for the transposed tile; lse and delta broadcast accordingly."""
-    s = score_tile(a, b, scale, term_args, at, m, n, TERM, FOLD, D1, PRECISION)
+    s = score_tile(a, b, scale, t, FOLD, D1, PRECISION)
     x = s * scale - lse if FOLD else s - lse
-    if TERM is not None:
+    if t is not None:
         # p <= 1 but for rounding, which is without bounds where a term of -1e38 is part of lse.
         x = tl.where(x > 0.0, 0.0, x)
     p = tl.exp2(x)
@@ -302,22 +314,20 @@ def accumulate_dq(
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq + ds k over keys [lo, hi)."""
-    _, _, _, _, n_q, origin_k, n_k = at
-    rows = tl.minimum(offs_m, n_q - 1)[:, None]
+    _, _, _, _, _, origin_k, n_k = at
     for start in tl.range(lo, hi, BLOCK_N, num_stages=1 if MASK else None):
         offs_n = start + tl.arange(0, BLOCK_N)
         valid = offs_n < n_k
+        t = term_tile(term_args, at, offs_m, offs_n, valid, MASK, 0, TERM)
         tokens = TOKENS(map_args, origin_k, offs_n)
         k = load_rows(k_ptr, tokens * UNIT, k_stride, valid, MASK, D, D0, D1)
         v = load_rows(v_ptr, tokens * UNIT, v_stride, valid, MASK, D, D0, D1)
-        columns = tl.minimum(offs_n, n_k - 1)[None, :] if MASK else offs_n[None, :]
         keep = valid[None, :]
         if CAUSAL:
             keep = keep & (offs_n[None, :] <= offs_m[:, None])
         p, ds = grad_tile(
-            q, k, grad, v, lse[:, None], delta[:, None], scale, term_args, at, rows, columns, keep,
-            TERM, FOLD, MASK, D1, PRECISION,
-        )  # fmt: skip
+            q, k, grad, v, lse[:, None], delta[:, None], scale, t, keep, FOLD, MASK, D1, PRECISION
+        )
         dq = add_weighted_rows(dq, ds, k, D1, PRECISION)
     return dq
 
@@ -378,18 +388,18 @@ def accumulate_dkv(
     ds^T are left operands and stay in registers. A row that does not exist has p = 0 (its lse is
     +inf), a key that does not exist gets a gradient nobody stores: only the diagonal is masked."""
     _, _, _, origin_q, n_q, _, n_k = at
-    columns = tl.minimum(offs_n, n_k - 1)[:, None]
     for start in tl.range(lo, hi, BLOCK_M, num_stages=1 if MASK else None):
         offs_m = start + tl.arange(0, BLOCK_M)
         valid = offs_m < n_q
+        t = term_tile(term_args, at, offs_m, offs_n, offs_n < n_k, True, 1, TERM)
         tokens = TOKENS(map_args, origin_q, offs_m)
         q = load_rows(q_ptr, tokens * UNIT, q_stride, valid, MASK, D, D0, D1)
         grad = load_rows(grad_ptr, tokens * UNIT, grad_stride, valid, MASK, D, D0, D1)
         lse, delta = load_lse_delta(lse_ptr, delta_ptr, tokens * lse_stride, valid, MASK)
-        rows = tl.minimum(offs_m, n_q - 1)[None, :] if MASK else offs_m[None, :]
+        keep = offs_n[:, None] <= offs_m[None, :]
         p, ds = grad_tile(
-            k, q, v, grad, lse[None, :], delta[None, :], scale, term_args, at, rows, columns,
-            offs_n[:, None] <= offs_m[None, :], TERM, FOLD, CAUSAL and MASK, D1, PRECISION,
+            k, q, v, grad, lse[None, :], delta[None, :], scale, t, keep, FOLD, CAUSAL and MASK, D1,
+            PRECISION,
         )  # fmt: skip
         dv = add_weighted_rows(dv, p, grad, D1, PRECISION)
         dk = add_weighted_rows(dk, ds, q, D1, PRECISION)

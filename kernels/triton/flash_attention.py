@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from . import _attention as core
-from ._attention import grad_tile, load_lse_delta, load_rows
+from ._attention import grad_tile, load_lse_delta, load_rows, term_tile
 from ._primitives import (
     LOG2E,
     AotSpec,
@@ -77,7 +77,13 @@ BACKWARD_DQ: tuple[Row, ...] = (
     INTERPRETER,
     Row("sm80 sm86", 2, 64, Tile(128, 64, 8, 2), "182 registers, 48 KB"),
     Row("sm80 sm86", 2, 128, Tile(64, 64, 4, 2), "242 registers, 72 KB"),
-    Row("sm80 sm86", 2, 256, Tile(32, 64, 8, 1), "168 registers, 80 KB; fewer instructions than 64 x 32"),
+    Row(
+        "sm80 sm86",
+        2,
+        256,
+        Tile(32, 64, 8, 1),
+        "168 registers, 80 KB",
+    ),
     Row("sm90", 2, 128, Tile(64, 64, 4, 2), "one warpgroup, 138 to 163 registers: 3 blocks a unit"),
     Row("sm90", 2, 256, Tile(64, 32, 4, 1), "254 registers; 64 keys spill in the loop"),
     Row("sm100", 2, 64, Tile(128, 128, 8, 2), "7 instructions an element, 64 keys 13"),
@@ -198,7 +204,7 @@ def tokens_packed(map_args, origin, i):
 
 
 @triton.jit
-def _load_plane(term_args, batch, head, m, n):
+def _load_plane(term_args, batch, head, m, n, inside):
     ptr, stride_batch, stride_head, stride_m, stride_n = term_args
     if stride_batch is not None:
         ptr += batch * stride_batch
@@ -206,14 +212,17 @@ def _load_plane(term_args, batch, head, m, n):
         ptr += head * stride_head
     if stride_m is not None:
         ptr += m.to(tl.int64) * stride_m
-    if stride_n is not None:
-        ptr += n.to(tl.int64) * stride_n
-    return tl.load(ptr)
+    if stride_n is None:
+        return tl.load(ptr)
+    ptr += n.to(tl.int64) * stride_n
+    if inside is None:
+        return tl.load(ptr)
+    return tl.load(ptr, mask=inside, other=0)
 
 
 @triton.jit
-def bias_term(term_args, batch, head, m, n):
-    bias = _load_plane(term_args, batch, head, m, n).to(tl.float32)
+def bias_term(term_args, batch, head, m, n, inside):
+    bias = _load_plane(term_args, batch, head, m, n, inside).to(tl.float32)
     scaled = bias * LOG2E
     if term_args[0].dtype.element_ty != tl.float16:
         # torch.finfo.min as a bias: a row that has nothing else still attends, evenly.
@@ -222,8 +231,8 @@ def bias_term(term_args, batch, head, m, n):
 
 
 @triton.jit
-def mask_term(term_args, batch, head, m, n):
-    return _load_plane(term_args, batch, head, m, n) != 0
+def mask_term(term_args, batch, head, m, n, inside):
+    return _load_plane(term_args, batch, head, m, n, inside) != 0
 
 
 # ---- bias gradient
@@ -262,6 +271,8 @@ def attention_dbias_kernel(
         batch = (own_batch + step_head // shared[1]).to(tl.int64)
         valid_m = offs_m < n_q
         valid_n = offs_n < n_k
+        at = (batch, head, 0, 0, n_q, 0, n_k)
+        t = term_tile(term_args, at, offs_m, offs_n, valid_n, True, 0, TERM)
         m = offs_m.to(tl.int64)
         n = offs_n.to(tl.int64) * UNIT
         q_row = q_ptr + (batch * q_strides[0] + head * q_strides[1]) * UNIT
@@ -277,12 +288,9 @@ def attention_dbias_kernel(
         keep = valid_n[None, :]
         if CAUSAL:
             keep = keep & (offs_n[None, :] <= offs_m[:, None])
-        rows = tl.minimum(offs_m, n_q - 1)[:, None]
-        columns = tl.minimum(offs_n, n_k - 1)[None, :]
         p, ds = grad_tile(
-            q, k, grad, v, lse[:, None], delta[:, None], scale, term_args, (batch, head), rows,
-            columns, keep, TERM, False, True, D1, PRECISION,
-        )  # fmt: skip
+            q, k, grad, v, lse[:, None], delta[:, None], scale, t, keep, False, True, D1, PRECISION
+        )
         acc += ds
 
     size_m = 1 if REDUCE_M else n_q

@@ -9,7 +9,7 @@
 // must agree bit by bit.
 //
 //   attention_backward_driver [substring of a case name]      exit code 0: every case passed
-#include "attention_driver.h"
+#include "driver.h"
 
 #include <algorithm>
 #include <array>
@@ -386,12 +386,7 @@ class Run {
 
   bool report(const char* name, const Error& ours, const Error& plain, ElementType type,
               double terms) const {
-    const double eps = std::max(kEps[int(type)], kEps[int(c_.type)]);
-    if (ours.within(plain, eps, terms)) return true;
-    std::printf("  %s: max error %.3g (plain %.3g, largest value %.3g), L2 %.3g (plain %.3g)%s\n",
-                name, ours.max, plain.max, ours.peak, std::sqrt(ours.square),
-                std::sqrt(plain.square), ours.wrong ? ", NaN or infinity" : "");
-    return false;
+    return driver::report(name, ours, plain, std::max(kEps[int(type)], kEps[int(c_.type)]), terms);
   }
 
   Case c_;
@@ -470,18 +465,4 @@ std::vector<Case> cases(ElementType type) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  request_tiles();
-  const std::string filter = argc > 1 ? argv[1] : "";
-  int run = 0, failed = 0;
-  for (ElementType type : {ElementType::f32, ElementType::bf16, ElementType::f16})
-    for (const Case& c : cases(type)) {
-      if (c.name.find(filter) == std::string::npos) continue;
-      ++run;
-      if (Run(c).check()) continue;
-      ++failed;
-      std::printf("FAILED %s\n", c.name.c_str());
-    }
-  std::printf("%d cases, %d failed\n", run, failed);
-  return failed || !run;
-}
+int main(int argc, char** argv) { return run_all<Run>(argc, argv, cases); }

@@ -8,77 +8,21 @@
 // twice, in two different splits, which must agree bit by bit.
 //
 //   attention_forward_driver [substring of a case name]      exit code 0: every case passed
+#include "driver.h"
+
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <limits>
 #include <memory>
-#include <string>
-#include <vector>
 
 #include "flash_attention.h"
-#include "simd.h"
-
-#if defined(__AMX_BF16__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace vitkit::cpu::VITKIT_ISA {
 const FlashForwardKernels& flash_forward_kernels();
 }
 
 using namespace vitkit::cpu;
-using namespace vitkit::cpu::VITKIT_ISA;
+using namespace driver;
 
 namespace {
-
-constexpr double kInf = std::numeric_limits<double>::infinity();
-const char* const kTypeNames[] = {"f32", "bf16", "f16", "bool"};
-const double kEps[] = {0x1p-23, 0x1p-7, 0x1p-10};
-
-size_t size_of(ElementType t) {
-  return t == ElementType::f32 ? 4 : (t == ElementType::boolean ? 1 : 2);
-}
-
-double get(const char* p, ElementType t, int64_t i) {
-  switch (t) {
-    case ElementType::f32:
-      return reinterpret_cast<const float*>(p)[i];
-    case ElementType::bf16:
-      return to_float(reinterpret_cast<const bf16*>(p)[i]);
-    case ElementType::f16:
-      return to_float(reinterpret_cast<const f16*>(p)[i]);
-    case ElementType::boolean:
-      return p[i];
-  }
-  std::abort();
-}
-
-void set(char* p, ElementType t, int64_t i, double x) {
-  if (t == ElementType::f32) reinterpret_cast<float*>(p)[i] = float(x);
-  if (t == ElementType::bf16) from_float(float(x), reinterpret_cast<bf16*>(p) + i);
-  if (t == ElementType::f16) from_float(float(x), reinterpret_cast<f16*>(p) + i);
-  if (t == ElementType::boolean) p[i] = x > 0;
-}
-
-double round_to(ElementType t, double x) {
-  char buffer[4];
-  set(buffer, t, 0, x);
-  return get(buffer, t, 0);
-}
-
-uint64_t state = 1;
-double uniform() {
-  state = state * 6364136223846793005u + 1442695040888963407u;
-  return double(state >> 11) * 0x1p-53;
-}
-double normal() {
-  return std::sqrt(-2 * std::log(uniform() + 1e-300)) * std::cos(6.283185307179586 * uniform());
-}
 
 enum class Bias { none, dense, broadcast_batch, per_key, per_query, transposed, mask, row_mask };
 
@@ -96,52 +40,10 @@ struct Case {
   std::vector<int64_t> starts_q, starts_k;
 };
 
-struct Tensor {
-  std::vector<char> bytes;
-  ElementType type;
-  int64_t elements;
-  static constexpr size_t kCanary = 64;
-
-  Tensor(ElementType type, int64_t elements, const std::function<double()>& fill)
-      : bytes(size_t(elements) * size_of(type) + kCanary, char(0xa5)),
-        type(type),
-        elements(elements) {
-    for (int64_t i = 0; i < elements; ++i) set(bytes.data(), type, i, fill());
-  }
-  double at(int64_t i) const { return get(bytes.data(), type, i); }
-  bool intact() const {
-    for (size_t i = 0; i < kCanary; ++i)
-      if (bytes[bytes.size() - 1 - i] != char(0xa5)) return false;
-    return true;
-  }
-};
-
 struct Problem {
   FlashForward p{};
   std::vector<int64_t> first_item;
   int64_t items = 0;
-};
-
-struct Error {
-  double max = 0, square = 0, peak = 0, norm = 0;
-  bool wrong = false;  // a NaN or infinity where there should be none, or the reverse
-  void add(double got, double exact) {
-    if (std::isnan(exact) || std::isinf(exact)) {
-      wrong |= !(std::isnan(exact) ? std::isnan(got) : got == exact);
-      return;
-    }
-    wrong |= !std::isfinite(got);
-    const double d = std::fabs(got - exact);
-    max = std::fmax(max, d);
-    square += d * d;
-    peak = std::fmax(peak, std::fabs(exact));
-    norm += exact * exact;
-  }
-  bool within(const Error& plain, double eps, double terms) const {
-    const double slack = eps + std::sqrt(terms) * 0x1p-23;
-    return !wrong && max <= 2 * plain.max + slack * peak &&
-           std::sqrt(square) <= 2 * std::sqrt(plain.square) + slack * std::sqrt(norm);
-  }
 };
 
 class Run {
@@ -156,21 +58,19 @@ class Run {
     if (c.nan_row >= 0)
       for (int64_t b = 0; b < dense_batch(); ++b)
         for (int64_t h = 0; h < c.heads; ++h)
-          set(q_.bytes.data(), c.type, ((b * c.nq + c.nan_row) * c.heads + h) * c.head_dim + 3,
-              NAN);
+          q_.set(((b * c.nq + c.nan_row) * c.heads + h) * c.head_dim + 3, NAN);
     if (c.bias == Bias::row_mask)
       for (int64_t j = 0; j < c.nk; ++j)
-        bias_.bytes[size_t(c.nk * (c.nq / 2) + j)] = 0;  // one row attends nothing
+        bias_.set(c.nk * (c.nq / 2) + j, 0);  // one row attends nothing
   }
 
   bool check() {
     const std::vector<float> lse = run(false);
-    const Tensor out = *out_;
+    const Array out = *out_;
     const std::vector<float> lse_again = run(true);
     bool ok = q_.intact() && k_.intact() && v_.intact() && out.intact() && out_->intact();
     if (!ok) std::printf("  canary overwritten\n");
-    if (out.bytes != out_->bytes ||
-        std::memcmp(lse.data(), lse_again.data(), lse.size() * 4) != 0) {
+    if (!(out == *out_) || std::memcmp(lse.data(), lse_again.data(), lse.size() * 4) != 0) {
       std::printf("  another split of the work gives another result\n");
       ok = false;
     }
@@ -180,18 +80,8 @@ class Run {
         for (int64_t i = 0; i < queries(b); ++i)
           compare(b, h, i, out, lse, ours, plain, ours_lse, plain_lse);
     const double eps = kEps[int(c_.type)];
-    if (!ours.within(plain, eps, double(c_.nk))) {
-      std::printf(
-          "  out: max error %.3g (plain %.3g, largest value %.3g), L2 %.3g (plain %.3g)%s\n",
-          ours.max, plain.max, ours.peak, std::sqrt(ours.square), std::sqrt(plain.square),
-          ours.wrong ? ", NaN or infinity" : "");
-      ok = false;
-    }
-    if (!ours_lse.within(plain_lse, eps, double(c_.head_dim))) {
-      std::printf("  lse: max error %.3g (plain %.3g)%s\n", ours_lse.max, plain_lse.max,
-                  ours_lse.wrong ? ", NaN or infinity" : "");
-      ok = false;
-    }
+    ok &= report("out", ours, plain, eps, double(c_.nk));
+    ok &= report("lse", ours_lse, plain_lse, eps, double(c_.head_dim));
     return ok;
   }
 
@@ -232,8 +122,8 @@ class Run {
         return c_.batch * c_.heads * square;
     }
   }
-  BiasView bias_view() const {
-    BiasView v{bias_.bytes.data(), bias_type(), 0, 0, c_.nk, 1};
+  BiasView bias_view() {
+    BiasView v{bias_.data(), bias_type(), 0, 0, c_.nk, 1};
     const int64_t square = c_.nq * c_.nk;
     switch (c_.bias) {
       case Bias::none:
@@ -262,10 +152,9 @@ class Run {
     return v;
   }
 
-  RowsView view(Tensor& t, int64_t n, int64_t heads) const {
+  RowsView view(Array& t, int64_t n, int64_t heads) const {
     const int64_t row = heads * c_.head_dim;
-    return {t.bytes.data(), packed() ? 0 : n * row, row,
-            c_.broadcast && heads == 1 ? 0 : c_.head_dim};
+    return {t.data(), packed() ? 0 : n * row, row, c_.broadcast && heads == 1 ? 0 : c_.head_dim};
   }
 
   Problem problem(float* lse) {
@@ -291,7 +180,7 @@ class Run {
     p.lse_batch_stride = packed() ? 0 : c_.heads * c_.nq;
     p.lse_head_stride = c_.nq;
     p.max_nk = packed() ? 0 : c_.nk;
-    const FlashForwardKernels& kernels = flash_forward_kernels();
+    const FlashForwardKernels& kernels = isa::flash_forward_kernels();
     r.first_item.push_back(0);
     for (int64_t b = 0; b < c_.batch; ++b) {
       if (keys(b) > p.max_nk) p.max_nk = keys(b);
@@ -304,24 +193,22 @@ class Run {
   // All items in one call, or one by one from the last to the first. Returns lse; out is in out_.
   std::vector<float> run(bool piecewise) {
     out_.reset(
-        new Tensor(c_.type, rows(c_.nq) * c_.heads * c_.head_dim, [] { return double(NAN); }));
+        new Array(c_.type, rows(c_.nq) * c_.heads * c_.head_dim, [] { return double(NAN); }));
     std::vector<float> lse(size_t(rows(c_.nq) * c_.heads), NAN);
     Problem r = problem(lse.data());
     if (packed()) r.p.first_item = r.first_item.data();
-    const FlashForwardKernels& kernels = flash_forward_kernels();
+    const FlashForwardKernels& kernels = isa::flash_forward_kernels();
     const size_t bytes = size_t(kernels.scratch_bytes(r.p));
-    char* scratch = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-    std::memset(scratch, 0xff, bytes);
-    if (!piecewise) kernels.run(r.p, 0, r.items, scratch);
-    for (int64_t i = r.items; piecewise && i-- > 0;) kernels.run(r.p, i, i + 1, scratch);
-    std::free(scratch);
+    const Poisoned scratch(bytes);
+    if (!piecewise) kernels.run(r.p, 0, r.items, scratch.get());
+    for (int64_t i = r.items; piecewise && i-- > 0;) kernels.run(r.p, i, i + 1, scratch.get());
     return lse;
   }
 
   // Row i of head h: exact in double, and plainly in the element type with a rounding after every
   // operation.
-  void compare(int64_t b, int64_t h, int64_t i, const Tensor& out, const std::vector<float>& lse,
-               Error& ours, Error& plain, Error& ours_lse, Error& plain_lse) const {
+  void compare(int64_t b, int64_t h, int64_t i, const Array& out, const std::vector<float>& lse,
+               Error& ours, Error& plain, Error& ours_lse, Error& plain_lse) {
     const int64_t d = c_.head_dim, q_first = packed() ? c_.starts_q[size_t(b)] : b * c_.nq;
     const int64_t k_first = packed() ? c_.starts_k[size_t(b)] : b * c_.nk;
     const int64_t n = c_.causal ? std::min(keys(b), i + 1) : keys(b),
@@ -377,8 +264,8 @@ class Run {
 
   Case c_;
   int64_t kv_heads_;
-  Tensor q_, k_, v_, bias_;
-  std::unique_ptr<Tensor> out_;
+  Array q_, k_, v_, bias_;
+  std::unique_ptr<Array> out_;
 };
 
 std::vector<Case> cases(ElementType type) {
@@ -449,20 +336,4 @@ std::vector<Case> cases(ElementType type) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-#if defined(__AMX_BF16__) && defined(__linux__)
-  syscall(SYS_arch_prctl, 0x1023, 18);  // ask the kernel for the tile registers
-#endif
-  const std::string filter = argc > 1 ? argv[1] : "";
-  int run = 0, failed = 0;
-  for (ElementType type : {ElementType::f32, ElementType::bf16, ElementType::f16})
-    for (const Case& c : cases(type)) {
-      if (c.name.find(filter) == std::string::npos) continue;
-      ++run;
-      if (Run(c).check()) continue;
-      ++failed;
-      std::printf("FAILED %s\n", c.name.c_str());
-    }
-  std::printf("%d cases, %d failed\n", run, failed);
-  return failed || !run;
-}
+int main(int argc, char** argv) { return run_all<Run>(argc, argv, cases); }

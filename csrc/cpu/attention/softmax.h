@@ -44,17 +44,6 @@ VITKIT_INLINE f32v exp2_softmax(f32v x) {
   return fma(high, r2, low) * f32v(i32v(shifted) << 23);
 }
 
-VITKIT_INLINE i32v lane_index() {
-  i32v index;
-  for (int i = 0; i < kLanes; ++i) index[i] = i;
-  return index;
-}
-
-// The first n lanes of v, `fill` in the others.
-VITKIT_INLINE f32v keep_lanes(f32v v, int64_t n, float fill) {
-  return lane_index() < int32_t(n) ? v : splat(fill);
-}
-
 VITKIT_INLINE float row_max(const float* s, int64_t n) {
   f32v m0 = splat(-INFINITY), m1 = m0;
   int64_t j = 0;

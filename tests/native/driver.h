@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -135,10 +136,39 @@ class Poisoned {
   char* data_;
 };
 
+// Whether a result keeps the rule; says so if not.
+inline bool report(const char* name, const Error& ours, const Error& plain, double eps,
+                   double terms) {
+  if (ours.within(plain, eps, terms)) return true;
+  std::printf("  %s: max error %.3g (plain %.3g, largest value %.3g), L2 %.3g (plain %.3g)%s\n",
+              name, ours.max, plain.max, ours.peak, std::sqrt(ours.square), std::sqrt(plain.square),
+              ours.wrong ? ", NaN or infinity" : "");
+  return false;
+}
+
+// Asks the operating system for the tile registers.
 inline void request_tiles() {
 #if defined(__AMX_BF16__) && defined(__linux__)
   syscall(SYS_arch_prctl, 0x1023, 18);
 #endif
+}
+
+// Runs the cases whose name contains the first argument, all without one; returns the exit code.
+template <typename Run, typename Cases>
+int run_all(int argc, char** argv, const Cases& cases) {
+  request_tiles();
+  const std::string filter = argc > 1 ? argv[1] : "";
+  int run = 0, failed = 0;
+  for (ElementType type : {ElementType::f32, ElementType::bf16, ElementType::f16})
+    for (const auto& c : cases(type)) {
+      if (c.name.find(filter) == std::string::npos) continue;
+      ++run;
+      if (Run(c).check()) continue;
+      ++failed;
+      std::printf("FAILED %s\n", c.name.c_str());
+    }
+  std::printf("%d cases, %d failed\n", run, failed);
+  return failed || !run;
 }
 
 }  // namespace driver

@@ -1,4 +1,4 @@
-#include "attention/scratch.h"
+#include "scratch.h"
 
 #include <new>
 
