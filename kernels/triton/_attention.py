@@ -17,7 +17,7 @@ Two plug-ins, jit functions passed as constexpr, turn it into the attention of a
         either orientation; t may be smaller than the tile. Rows lie inside the sequence, keys where
         ``inside``, shaped like n, is true (None: everywhere). They are not clamped, for that would
         hide from the compiler that they are consecutive. The gradient of the term is the sum of
-        the ``ds`` of :func:`grad_tile` over whatever shares it.
+        the ``ds`` of :func:`score_grad_tile` over whatever shares it.
 
 Rows are held as one block of D0 columns, or two (D0 and D1, both powers of two, D1 = 0 for one),
 so that a head dim of 72 costs 64 + 16 columns and not 128. Nothing is padded in memory. Full tiles
@@ -119,14 +119,17 @@ def term_tile(
     tile, 1: they are columns. MASK: some keys are not valid.
 
     To be called before the tile's rows are loaded: bringing the term into the layout of a product
-    takes a barrier, and operands loaded before it would be held in registers across it."""
+    takes a barrier, and operands loaded before it would be held in registers across it. (For the
+    same reason no rows are loaded before they are needed; the compiler prefetches them anyway.)"""
     if TERM is None:
         return None
-    else:
-        m = tl.minimum(m, at[4] - 1)
-        inside = tl.expand_dims(valid_n, ORIENTATION) if MASK else None
-        rows = tl.expand_dims(m, 1 - ORIENTATION)
+    elif MASK:
+        inside = tl.expand_dims(valid_n, ORIENTATION)
+        rows = tl.expand_dims(tl.minimum(m, at[4] - 1), 1 - ORIENTATION)
         return TERM(term_args, at[0], at[1], rows, tl.expand_dims(n, ORIENTATION), inside)
+    else:
+        rows = tl.expand_dims(tl.minimum(m, at[4] - 1), 1 - ORIENTATION)
+        return TERM(term_args, at[0], at[1], rows, tl.expand_dims(n, ORIENTATION), None)
 
 
 @triton.jit
@@ -289,12 +292,12 @@ def load_lse_delta(lse_ptr, delta_ptr, offsets, valid, MASK: tl.constexpr):
 
 
 @triton.jit
-def grad_tile(
-    a, b, c, d, lse, delta, scale, t, keep, FOLD: tl.constexpr, MASK: tl.constexpr,
-    D1: tl.constexpr, PRECISION: tl.constexpr,
+def weight_tile(
+    a, b, lse, scale, t, keep, FOLD: tl.constexpr, MASK: tl.constexpr, D1: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(p, ds) of one tile: p = exp2(a b^T - lse), ds = p (c d^T - delta). a, b, c, d are q, k,
-    grad, v, or k, q, v, grad for the transposed tile; lse and delta broadcast accordingly."""
+    """The softmax weights of a tile, p = exp2(a b^T - lse). a and b are q and k, or k and q for the
+    transposed tile; lse broadcasts accordingly."""
     s = score_tile(a, b, scale, t, FOLD, D1, PRECISION)
     x = s * scale - lse if FOLD else s - lse
     if t is not None:
@@ -303,7 +306,13 @@ def grad_tile(
     p = tl.exp2(x)
     if MASK:
         p = tl.where(keep, p, 0.0)
-    return p, p * (dot_rows(c, d, D1, PRECISION) - delta)
+    return p
+
+
+@triton.jit
+def score_grad_tile(p, c, d, delta, D1: tl.constexpr, PRECISION: tl.constexpr):
+    """ds = p (c d^T - delta). c and d are grad and v, or v and grad for the transposed tile."""
+    return p * (dot_rows(c, d, D1, PRECISION) - delta)
 
 
 @triton.jit
@@ -321,13 +330,12 @@ def accumulate_dq(
         t = term_tile(term_args, at, offs_m, offs_n, valid, MASK, 0, TERM)
         tokens = TOKENS(map_args, origin_k, offs_n)
         k = load_rows(k_ptr, tokens * UNIT, k_stride, valid, MASK, D, D0, D1)
-        v = load_rows(v_ptr, tokens * UNIT, v_stride, valid, MASK, D, D0, D1)
         keep = valid[None, :]
         if CAUSAL:
             keep = keep & (offs_n[None, :] <= offs_m[:, None])
-        p, ds = grad_tile(
-            q, k, grad, v, lse[:, None], delta[:, None], scale, t, keep, FOLD, MASK, D1, PRECISION
-        )
+        p = weight_tile(q, k, lse[:, None], scale, t, keep, FOLD, MASK, D1, PRECISION)
+        v = load_rows(v_ptr, tokens * UNIT, v_stride, valid, MASK, D, D0, D1)
+        ds = score_grad_tile(p, grad, v, delta[:, None], D1, PRECISION)
         dq = add_weighted_rows(dq, ds, k, D1, PRECISION)
     return dq
 
@@ -394,13 +402,12 @@ def accumulate_dkv(
         t = term_tile(term_args, at, offs_m, offs_n, offs_n < n_k, True, 1, TERM)
         tokens = TOKENS(map_args, origin_q, offs_m)
         q = load_rows(q_ptr, tokens * UNIT, q_stride, valid, MASK, D, D0, D1)
-        grad = load_rows(grad_ptr, tokens * UNIT, grad_stride, valid, MASK, D, D0, D1)
         lse, delta = load_lse_delta(lse_ptr, delta_ptr, tokens * lse_stride, valid, MASK)
         keep = offs_n[:, None] <= offs_m[None, :]
-        p, ds = grad_tile(
-            k, q, v, grad, lse[None, :], delta[None, :], scale, t, keep, FOLD, CAUSAL and MASK, D1,
-            PRECISION,
-        )  # fmt: skip
+        masked = CAUSAL and MASK
+        p = weight_tile(k, q, lse[None, :], scale, t, keep, FOLD, masked, D1, PRECISION)
+        grad = load_rows(grad_ptr, tokens * UNIT, grad_stride, valid, MASK, D, D0, D1)
+        ds = score_grad_tile(p, v, grad, delta[None, :], D1, PRECISION)
         dv = add_weighted_rows(dv, p, grad, D1, PRECISION)
         dk = add_weighted_rows(dk, ds, q, D1, PRECISION)
     return dk, dv

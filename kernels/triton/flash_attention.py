@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from . import _attention as core
-from ._attention import grad_tile, load_lse_delta, load_rows, term_tile
+from ._attention import load_lse_delta, load_rows, score_grad_tile, term_tile, weight_tile
 from ._primitives import (
     LOG2E,
     AotSpec,
@@ -212,12 +212,13 @@ def _load_plane(term_args, batch, head, m, n, inside):
         ptr += head * stride_head
     if stride_m is not None:
         ptr += m.to(tl.int64) * stride_m
-    if stride_n is None:
+    # A constexpr condition does not end a function early: what follows a return is compiled too.
+    if stride_n is not None:
+        ptr += n.to(tl.int64) * stride_n
+    if stride_n is not None and inside is not None:
+        return tl.load(ptr, mask=inside, other=0)
+    else:
         return tl.load(ptr)
-    ptr += n.to(tl.int64) * stride_n
-    if inside is None:
-        return tl.load(ptr)
-    return tl.load(ptr, mask=inside, other=0)
 
 
 @triton.jit
@@ -281,17 +282,15 @@ def attention_dbias_kernel(
         grad_row = grad_ptr + (batch * grad_strides[0] + head * grad_strides[1]) * UNIT
         q = load_rows(q_row, m * UNIT, q_strides[2], valid_m, True, D, D0, D1)
         k = load_rows(k_row, n, k_strides[2], valid_n, True, D, D0, D1)
-        v = load_rows(v_row, n, v_strides[2], valid_n, True, D, D0, D1)
-        grad = load_rows(grad_row, m * UNIT, grad_strides[2], valid_m, True, D, D0, D1)
         statistics = batch * lse_strides[0] + head * lse_strides[1] + m * lse_strides[2]
         lse, delta = load_lse_delta(lse_ptr, delta_ptr, statistics, valid_m, True)
         keep = valid_n[None, :]
         if CAUSAL:
             keep = keep & (offs_n[None, :] <= offs_m[:, None])
-        p, ds = grad_tile(
-            q, k, grad, v, lse[:, None], delta[:, None], scale, t, keep, False, True, D1, PRECISION
-        )
-        acc += ds
+        p = weight_tile(q, k, lse[:, None], scale, t, keep, False, True, D1, PRECISION)
+        grad = load_rows(grad_row, m * UNIT, grad_strides[2], valid_m, True, D, D0, D1)
+        v = load_rows(v_row, n, v_strides[2], valid_n, True, D, D0, D1)
+        acc += score_grad_tile(p, grad, v, delta[:, None], D1, PRECISION)
 
     size_m = 1 if REDUCE_M else n_q
     size_n = 1 if REDUCE_N else n_k
@@ -316,10 +315,11 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
     """Power-of-two blocks (D0, D1) covering ``head_dim``, each 0 or at least the 16 that a matrix
     instruction contracts; one block where two would not be smaller. None is wider than 128: on
     sm80 a product with more columns than rows is split by columns, and then each row of the softmax
-    is spread over all warps."""
+    is spread over all warps. Beside 128 columns the second block has 64 or 128: with 32, every tile
+    of the key gradient spills."""
     whole = max(16, next_power_of_2(head_dim))
     main = min(128, max(16, largest_power_of_2(head_dim)))
-    tail = max(16, next_power_of_2(head_dim - main))
+    tail = max(64 if main == 128 else 16, next_power_of_2(head_dim - main))
     one = main >= head_dim or (main + tail >= whole and whole <= 128)
     return (whole, 0) if one else (main, tail)
 
