@@ -200,9 +200,8 @@ MUTANTS = {
         "  v = warp_sum(v);\n  if (threadIdx.x < 128) __syncthreads();",
     ),
     "shuffle_by_half_a_warp": (
-        "offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);",
-        "offset > 0; offset /= 2)\n    if (threadIdx.x % 2)"
-        " v += __shfl_xor_sync(0xffffffffu, v, offset);",
+        "    v += __shfl_xor_sync(0xffffffffu, v, offset);",
+        "    if (threadIdx.x % 2) v += __shfl_xor_sync(0xffffffffu, v, offset);",
     ),
     "wrong_channel_of_a_column": ("kColumns ? (i + k) % p.channels", "kColumns ? i % p.channels"),
     "merge_forgets_the_cross_term": (
