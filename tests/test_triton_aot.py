@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 
@@ -70,24 +71,25 @@ def test_every_kernel_of_both_ops_is_compiled(rows):
 
 def test_every_head_dim_has_a_tile_on_every_architecture():
     import torch
-    from vitkit.kernels import flash_attention as fa
+    from vitkit.kernels import _tiles as tiles
     from vitkit.kernels._primitives import Device
 
-    tables = (fa.FORWARD, fa.BACKWARD_DQ, fa.BACKWARD_DKV, fa.BACKWARD_DBIAS)
+    tables = (tiles.FORWARD, tiles.BACKWARD_DQ, tiles.BACKWARD_DKV, tiles.BACKWARD_DBIAS)
     for arch in ("sm80", "sm86", "sm90", "sm100", "hip"):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for head_dim in range(8, 257, 8):
                 for table in tables:
-                    for n in (1, 17, 197, 4096):
-                        tile = fa.pick_tile(table, Device.typical(arch), dtype, head_dim, n, n)
+                    for n, term in product((1, 17, 197, 4096), (False, True)):
+                        device = Device.typical(arch)
+                        tile = tiles.pick_tile(table, device, dtype, head_dim, n, n, term)
                         assert tile.block_m >= 16 and tile.block_n >= 16
     with pytest.raises(NotImplementedError, match="no tile for head dim 264"):
-        fa.pick_tile(fa.FORWARD, Device.typical("sm90"), torch.float16, 264, 1, 1)
+        tiles.pick_tile(tiles.FORWARD, Device.typical("sm90"), torch.float16, 264, 1, 1, False)
 
 
 def test_rows_give_reasons():
-    from vitkit.kernels import flash_attention as fa
+    from vitkit.kernels import _tiles as tiles
 
-    for table in (fa.FORWARD, fa.BACKWARD_DQ, fa.BACKWARD_DKV, fa.BACKWARD_DBIAS):
+    for table in (tiles.FORWARD, tiles.BACKWARD_DQ, tiles.BACKWARD_DKV, tiles.BACKWARD_DBIAS):
         for row in table:
             assert len(row.reason) > 12, row

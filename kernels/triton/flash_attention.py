@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -30,111 +30,16 @@ from ._primitives import (
     next_power_of_2,
     run,
 )
-
-
-class Tile(NamedTuple):
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-class Row(NamedTuple):
-    archs: str  # classes of _primitives.Device, space-separated
-    itemsize: int
-    head_dim: int  # up to this one
-    tile: Tile
-    reason: str
-
-
-NVIDIA = "sm80 sm86 sm90 sm100"
-ALL = f"{NVIDIA} hip"
-INTERPRETER = Row("cpu", 4, 256, Tile(32, 32, 4, 1), "interpreter: several tiles at test sizes")
-
-# Chosen from machine code, not by timing: `python -m vitkit.kernels._aot` prints registers, spills
-# and shared memory of every kernel. "Spills" are instructions; none here lies in an inner loop
-# unless the reason says so. "Instructions" are those of the inner loop per score of one lane.
-# Float32 products are exact (no tensor cores): the tile is what the multiply-adds of a thread can
-# hold. Head dims between the rows (72 is held as 64 + 16) take the next larger one.
-FORWARD: tuple[Row, ...] = (
-    INTERPRETER,
-    Row("sm80 sm86", 2, 64, Tile(128, 64, 4, 3), "32 rows a warp: 11 instructions an element"),
-    Row("sm80 sm86", 2, 128, Tile(128, 64, 8, 2), "4 warps would hold 128 sums a thread and spill"),
-    Row("sm80", 2, 256, Tile(64, 64, 8, 2), "185 registers, 104 KB; 128 rows spill in the loop"),
-    Row("sm86", 2, 256, Tile(64, 32, 4, 2), "68 KB of the 99 KB there are"),
-    Row("sm90", 2, 64, Tile(128, 64, 4, 3), "216 registers: 2 blocks a unit; 128 keys pad 197"),
-    Row("sm90", 2, 128, Tile(128, 64, 8, 3), "two warpgroups of 64 rows, 179 registers"),
-    Row("sm90", 2, 256, Tile(128, 64, 8, 2), "241 registers; 192 KB, 208 KB with a bias"),
-    Row("sm100", 2, 128, Tile(128, 64, 8, 3), "150 to 194 registers; 4 warps spill in the loop"),
-    Row("sm100", 2, 256, Tile(128, 64, 8, 2), "sums live in tensor memory: 183 registers"),
-    Row("hip", 2, 64, Tile(128, 64, 4, 1), "142 registers: 3 waves a SIMD, 2 with a bias"),
-    Row("hip", 2, 128, Tile(128, 32, 4, 1), "191 registers: 2 waves a SIMD, 64 keys leave 1"),
-    Row("hip", 2, 256, Tile(64, 32, 4, 1), "231 registers: 2 waves a SIMD"),
-    Row(ALL, 4, 64, Tile(64, 32, 8, 1), "122 registers; 64 keys spill"),
-    Row(ALL, 4, 256, Tile(32, 32, 8, 1), "208 to 226 registers, 68 KB; 64 rows spill"),
+from ._tiles import (
+    BACKWARD_DBIAS,
+    BACKWARD_DKV,
+    BACKWARD_DQ,
+    DELTA,
+    FORWARD,
+    Row,
+    Tile,
+    pick_tile,
 )
-BACKWARD_DQ: tuple[Row, ...] = (
-    INTERPRETER,
-    Row("sm80 sm86", 2, 64, Tile(128, 64, 8, 2), "182 registers, 48 KB"),
-    Row("sm80 sm86", 2, 128, Tile(64, 64, 4, 2), "242 registers, 72 KB"),
-    Row(
-        "sm80 sm86",
-        2,
-        256,
-        Tile(32, 64, 8, 1),
-        "168 registers, 80 KB",
-    ),
-    Row("sm90", 2, 128, Tile(64, 64, 4, 2), "one warpgroup, 138 to 163 registers: 3 blocks a unit"),
-    Row("sm90", 2, 256, Tile(64, 32, 4, 1), "254 registers; 64 keys spill in the loop"),
-    Row("sm100", 2, 64, Tile(128, 128, 8, 2), "7 instructions an element, 64 keys 13"),
-    Row("sm100", 2, 128, Tile(128, 64, 8, 2), "139 registers, 144 KB"),
-    Row("sm100", 2, 256, Tile(64, 64, 8, 1), "175 registers, 112 KB"),
-    Row("hip", 2, 64, Tile(64, 64, 4, 1), "228 registers: 2 waves a SIMD"),
-    Row("hip", 2, 128, Tile(64, 32, 4, 1), "194 registers: 2 waves a SIMD"),
-    Row("hip", 2, 256, Tile(32, 32, 4, 1), "338 registers; 8 warps spill in the loop"),
-    Row(ALL, 4, 64, Tile(64, 32, 8, 1), "104 registers; 64 keys spill"),
-    Row(ALL, 4, 128, Tile(32, 32, 8, 1), "118 registers, 64 KB"),
-    Row(ALL, 4, 256, Tile(16, 16, 4, 1), "112 registers, 64 KB; more does not fit sm86"),
-)
-# block_m is the loop here, block_n what a program owns.
-BACKWARD_DKV: tuple[Row, ...] = (
-    INTERPRETER,
-    Row("sm80 sm86", 2, 64, Tile(64, 128, 8, 2), "254 registers; 128 rows a step spill"),
-    Row("sm80 sm86", 2, 128, Tile(64, 64, 8, 2), "171 registers, 72 KB"),
-    Row("sm80", 2, 256, Tile(64, 32, 8, 1), "204 registers, 112 KB"),
-    Row("sm86", 2, 256, Tile(32, 32, 4, 1), "255 registers, no spills; 72 KB"),
-    Row("sm90", 2, 128, Tile(64, 64, 4, 2), "one warpgroup; 128 rows a step spill in the loop"),
-    Row("sm90", 2, 256, Tile(64, 32, 8, 1), "204 registers; every tile of one warpgroup spills"),
-    Row("sm100", 2, 64, Tile(128, 128, 8, 2), "8 instructions an element, 64 keys 12"),
-    Row("sm100", 2, 128, Tile(64, 128, 8, 2), "163 registers, 160 KB"),
-    Row("sm100", 2, 256, Tile(64, 64, 8, 1), "232 registers; 32 keys spill in the loop"),
-    Row("hip", 2, 64, Tile(64, 64, 4, 1), "244 registers: 2 waves a SIMD"),
-    Row("hip", 2, 128, Tile(32, 64, 4, 1), "266 registers; 64 rows take 345"),
-    Row("hip", 2, 256, Tile(32, 32, 4, 1), "405 registers; 8 warps spill in the loop"),
-    Row(ALL, 4, 64, Tile(64, 32, 8, 1), "112 registers, 64 KB"),
-    Row(NVIDIA, 4, 128, Tile(32, 32, 8, 1), "144 registers, 72 KB"),
-    Row(NVIDIA, 4, 256, Tile(16, 16, 4, 1), "168 registers, 66 KB; more does not fit sm86"),
-    Row("hip", 4, 256, Tile(16, 16, 4, 1), "64 KB of shared memory"),
-)
-BACKWARD_DBIAS: tuple[Row, ...] = (
-    INTERPRETER,
-    Row("sm80 sm86", 2, 64, Tile(128, 64, 8, 2), "255 registers, no spills; 15 instructions"),
-    Row("sm80 sm86", 2, 128, Tile(128, 32, 8, 2), "181 registers, 80 KB; 64 keys spill"),
-    Row("sm80 sm86", 2, 256, Tile(32, 64, 8, 1), "174 registers; other tiles spill in the loop"),
-    Row("sm90", 2, 128, Tile(64, 64, 4, 2), "one warpgroup, 211 to 246 registers"),
-    Row("sm90", 2, 256, Tile(64, 32, 4, 1), "254 registers; 64 keys spill in the loop"),
-    Row("sm100", 2, 64, Tile(128, 64, 8, 2), "255 registers, no spills; 7 instructions"),
-    Row("sm100", 2, 128, Tile(64, 64, 8, 2), "191 registers; 4 warps spill"),
-    Row("sm100", 2, 256, Tile(64, 64, 8, 1), "232 registers; 4 warps spill"),
-    Row("hip", 2, 64, Tile(128, 64, 4, 1), "215 registers: 2 waves a SIMD"),
-    Row("hip", 2, 128, Tile(64, 64, 4, 1), "198 registers: 2 waves a SIMD"),
-    Row("hip", 2, 256, Tile(32, 32, 4, 1), "276 registers; 8 warps spill in the loop"),
-    Row(ALL, 4, 64, Tile(64, 32, 8, 1), "118 registers; 64 keys spill"),
-    Row(ALL, 4, 128, Tile(32, 32, 8, 1), "80 registers, 64 KB"),
-    Row(ALL, 4, 256, Tile(16, 16, 4, 1), "94 registers, 64 KB"),
-)
-DELTA = Tile(32, 0, 4, 1)  # one pass over two tensors: 128 threads times 16 bytes and more
-
 
 # ---- token maps
 
@@ -324,27 +229,6 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
     return (whole, 0) if one else (main, tail)
 
 
-def pick_tile(
-    table: tuple[Row, ...], device: Device, dtype: torch.dtype, head_dim: int, n_q: int, n_k: int
-) -> Tile:
-    """The table's tile, cut down to short sequences."""
-    size = 4 if device.arch == "cpu" else dtype.itemsize
-    fitting = (
-        row.tile
-        for row in table
-        if device.arch in row.archs.split() and row.itemsize == size and head_dim <= row.head_dim
-    )
-    tile = next(fitting, None)
-    if tile is None:
-        raise NotImplementedError(
-            f"flash_attention: no tile for head dim {head_dim} in {dtype} on {device.arch}"
-        )
-    block_m = min(tile.block_m, max(16, next_power_of_2(n_q)))
-    block_n = min(tile.block_n, max(16, next_power_of_2(n_k)))
-    share = max(tile.block_m // block_m, 1)
-    return Tile(block_m, block_n, max(1, tile.num_warps // share), tile.num_stages)
-
-
 def _tail(n: int, block: int) -> int:
     """Smallest tile for the last ``n % block`` rows, 0 if there are none."""
     rest = n % block
@@ -430,7 +314,8 @@ class _Call:
         """Packed sequences are taken to be equally long: their lengths are on the device."""
         share = max(1, self.sequences) if self.packed else 1
         lengths = (cdiv(self.n_q, share), cdiv(self.n_k, share))
-        return pick_tile(table, self.device, self.q.dtype, self.head_dim, *lengths)
+        term = self.bias is not None
+        return pick_tile(table, self.device, self.q.dtype, self.head_dim, *lengths, term)
 
     def programs(self, n: int, block: int) -> int:
         slots = n // block + self.sequences + 1 if self.packed else self.batch * cdiv(n, block)
