@@ -51,7 +51,9 @@ def test_machine_code(rows):
         assert row["hot_spills"] == 0, f"{name}: spills in an inner loop"
         assert row["spills"] <= 16, f"{name}: {row['spills']} spills"
         assert (row["matmul"] > 0) == row["expects_matmul"], f"{name}: matrix instructions"
-        assert row["wide"] * 2 >= row["loads"] or not row["expects_matmul"], (
+        # Rows of a [197, 197] bias begin at odd addresses: two bytes a load.
+        narrow = row["spec"] == "beit_learned_bias" or not row["expects_matmul"]
+        assert narrow or row["wide"] * 2 >= row["loads"], (
             f"{name}: {row['wide']} of {row['loads']} loads are 8 bytes and more"
         )
 

@@ -248,9 +248,8 @@ struct Channel {
   Affine xhat;  // likewise
 };
 
-VITKIT_INLINE Channel channel_of(const GroupNormBackward& p, int64_t n, int64_t c) {
-  const GroupNormShape& s = p.shape;
-  const int64_t i = n * s.channels + c, group = n * s.groups + c / s.channels_per_group();
+// Channel i of all samples' channels, in `group` of all samples' groups.
+VITKIT_INLINE Channel channel_of(const GroupNormBackward& p, int64_t i, int64_t group) {
   const float rstd = p.rstd[group], factor = rstd * p.gain[i];
   const double centre = (p.add ? double(p.add[i]) : 0.) - double(p.mean[group]);
   return {{factor, float(double(factor) * centre + double(p.offset[i]))},
@@ -262,13 +261,10 @@ struct InputGradient {
   float of_dz, of_x, constant;
 };
 
-VITKIT_INLINE InputGradient input_gradient(const GroupNormBackward& p, int64_t n, int64_t c,
-                                           double g1, double g2) {
-  const Channel channel = channel_of(p, n, c);
-  const double m = double(p.shape.group_elements()), rstd = channel.xhat.factor;
-  const double slope = -rstd * g2 / m;
-  return {float(channel.z.factor), float(slope * rstd),
-          float(slope * channel.xhat.term - rstd * g1 / m)};
+// g1 and g2 are G1 / m and G2 / m.
+VITKIT_INLINE InputGradient input_gradient(const Channel& channel, double g1, double g2) {
+  const double rstd = channel.xhat.factor, slope = -rstd * g2;
+  return {channel.z.factor, float(slope * rstd), float(slope * channel.xhat.term - rstd * g1)};
 }
 
 struct Sums {
@@ -359,28 +355,36 @@ template <typename T, bool kSilu>
 void backward_groups(const GroupNormBackward& p, int64_t begin, int64_t end) {
   const GroupNormShape& s = p.shape;
   const int64_t per_group = s.channels_per_group(), hw = s.positions;
+  const double m = double(s.group_elements());
   float* kept = nullptr;
   if (kSilu && s.group_elements() <= kKeptElements)
     kept = static_cast<float*>(thread_scratch(size_t(s.group_elements()) * sizeof(float)));
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t n = item / s.groups, first = item % s.groups * per_group;
+    const int64_t first = item * per_group;
     double g1 = 0, g2 = 0;
     for (int64_t c = 0; c < per_group; ++c) {
-      const int64_t channel = n * s.channels + first + c, start = channel * hw;
+      const int64_t i = first + c, start = i * hw;
       double sums[3] = {};
-      sum_row<T, kSilu>(at<T>(p.x, start), at<T>(p.grad, start), hw, channel_of(p, n, first + c),
+      sum_row<T, kSilu>(at<T>(p.x, start), at<T>(p.grad, start), hw, channel_of(p, i, item),
                         kept ? kept + c * hw : nullptr, sums);
-      for (int k = 0; k < 3; ++k) p.sums[channel * 3 + k] = float(sums[k]);
-      g1 += p.gain[channel] * sums[0];
-      g2 += p.gain[channel] * sums[1];
+      for (int k = 0; k < 3; ++k) p.sums[i * 3 + k] = float(sums[k]);
+      g1 += p.gain[i] * sums[0];
+      g2 += p.gain[i] * sums[1];
     }
+    g1 /= m;
+    g2 /= m;
     for (int64_t c = 0; c < per_group; ++c) {
-      const int64_t start = (n * s.channels + first + c) * hw;
-      write_row<T, kSilu>(at<T>(p.x, start), at<T>(p.grad, start), at<T>(p.dx, start), hw,
-                          channel_of(p, n, first + c), input_gradient(p, n, first + c, g1, g2),
-                          kept ? kept + c * hw : nullptr);
+      const int64_t i = first + c, start = i * hw;
+      const Channel channel = channel_of(p, i, item);
+      write_row<T, kSilu>(at<T>(p.x, start), at<T>(p.grad, start), at<T>(p.dx, start), hw, channel,
+                          input_gradient(channel, g1, g2), kept ? kept + c * hw : nullptr);
     }
   }
+}
+
+VITKIT_INLINE Channel sample_channel(const GroupNormBackward& p, int64_t n, int64_t c,
+                                     int64_t per_group) {
+  return channel_of(p, n * p.shape.channels + c, n * p.shape.groups + c / per_group);
 }
 
 // Rows of one value per channel: what the channels_last loops need beside the tensors.
@@ -394,13 +398,14 @@ struct ChannelRows {
         xterm(xfactor + channels) {}
 
   void fill(const GroupNormBackward& p, int64_t n) const {
-    for (int64_t c = 0; c < p.shape.channels; ++c) {
-      const Channel channel = channel_of(p, n, c);
-      factor[c] = channel.z.factor;
-      term[c] = channel.z.term;
-      xfactor[c] = channel.xhat.factor;
-      xterm[c] = channel.xhat.term;
-    }
+    const int64_t per_group = p.shape.channels_per_group();
+    for (int64_t c = 0; c < p.shape.channels; ++c) set(c, sample_channel(p, n, c, per_group));
+  }
+  void set(int64_t c, const Channel& channel) const {
+    factor[c] = channel.z.factor;
+    term[c] = channel.z.term;
+    xfactor[c] = channel.xhat.factor;
+    xterm[c] = channel.xhat.term;
   }
 };
 
@@ -432,7 +437,7 @@ void column_sums(const GroupNormBackward& p, int64_t n, Range range, const Chann
 template <typename T, bool kSilu>
 void backward_sums(const GroupNormBackward& p, int64_t begin, int64_t end) {
   const GroupNormShape& s = p.shape;
-  const int64_t channels = s.channels;
+  const int64_t channels = s.channels, per_group = s.channels_per_group();
   const ChannelRows rows(static_cast<float*>(thread_scratch(size_t(channels) * 4 * sizeof(float))),
                          channels);
   for (int64_t item = begin, prepared = -1; item < end; ++item) {
@@ -448,8 +453,8 @@ void backward_sums(const GroupNormBackward& p, int64_t begin, int64_t end) {
     for (int64_t c = 0; c < channels; ++c) {
       const int64_t start = (n * channels + c) * s.positions + range.begin;
       double sums[3] = {};
-      sum_row<T, kSilu>(at<T>(p.x, start), at<T>(p.grad, start), range.size(), channel_of(p, n, c),
-                        nullptr, sums);
+      sum_row<T, kSilu>(at<T>(p.x, start), at<T>(p.grad, start), range.size(),
+                        sample_channel(p, n, c, per_group), nullptr, sums);
       for (int k = 0; k < 3; ++k) out[k * channels + c] = float(sums[k]);
     }
   }
@@ -471,13 +476,13 @@ template <typename T, bool kSilu>
 void backward_apply(const GroupNormBackward& p, int64_t begin, int64_t end) {
   const GroupNormShape& s = p.shape;
   const int64_t channels = s.channels, per_group = s.channels_per_group();
+  const double m = double(s.group_elements());
   float* memory = static_cast<float*>(thread_scratch(size_t(channels) * 7 * sizeof(float)));
   const ChannelRows rows(memory, channels);
   float *of_dz = memory + 4 * channels, *of_x = of_dz + channels, *constant = of_x + channels;
   for (int64_t item = begin, prepared = -1; item < end; ++item) {
     const int64_t n = item / p.parts;
     if (n != prepared) {
-      rows.fill(p, n);
       for (int64_t g = 0; g < s.groups; ++g) {
         double g1 = 0, g2 = 0;
         for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
@@ -486,7 +491,9 @@ void backward_apply(const GroupNormBackward& p, int64_t begin, int64_t end) {
           g2 += double(p.gain[i]) * p.sums[i * 3 + 1];
         }
         for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
-          const InputGradient w = input_gradient(p, n, c, g1, g2);
+          const Channel channel = channel_of(p, n * channels + c, n * s.groups + g);
+          const InputGradient w = input_gradient(channel, g1 / m, g2 / m);
+          rows.set(c, channel);
           of_dz[c] = w.of_dz;
           of_x[c] = w.of_x;
           constant[c] = w.constant;
@@ -499,8 +506,8 @@ void backward_apply(const GroupNormBackward& p, int64_t begin, int64_t end) {
       for (int64_t c = 0; c < channels; ++c) {
         const int64_t start = (n * channels + c) * s.positions + range.begin;
         write_row<T, kSilu>(at<T>(p.x, start), at<T>(p.grad, start), at<T>(p.dx, start),
-                            range.size(), channel_of(p, n, c), {of_dz[c], of_x[c], constant[c]},
-                            nullptr);
+                            range.size(), sample_channel(p, n, c, per_group),
+                            {of_dz[c], of_x[c], constant[c]}, nullptr);
       }
       continue;
     }

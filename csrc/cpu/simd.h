@@ -285,28 +285,34 @@ VITKIT_INLINE f32v min(f32v a, f32v b) {
 #endif
 }
 
-VITKIT_INLINE float reduce_add(f32v v) {
-#if defined(__AVX512F__) && VITKIT_SIMD_LANES == 16
-  return _mm512_reduce_add_ps(__m512(v));
+// All lanes combined: halves with halves, so that any number of lanes above 4 sums in one order.
+template <typename Combine>
+VITKIT_INLINE float reduce(f32v v, const Combine& combine) {
+  typedef float f32x4 __attribute__((vector_size(16)));
+#if VITKIT_SIMD_LANES == 4
+  f32x4 x = v;
 #else
-  float half[kLanes];
-  std::memcpy(half, &v, sizeof(v));
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) half[i] += half[i + width];
-  return half[0];
+  typedef float f32x8 __attribute__((vector_size(32)));
+#if VITKIT_SIMD_LANES == 16
+  f32x8 y = combine(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                    __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+#else
+  f32x8 y = v;
 #endif
+  f32x4 x =
+      combine(__builtin_shufflevector(y, y, 0, 1, 2, 3), __builtin_shufflevector(y, y, 4, 5, 6, 7));
+#endif
+  x = combine(x, __builtin_shufflevector(x, x, 2, 3, 2, 3));
+  x = combine(x, __builtin_shufflevector(x, x, 1, 1, 1, 1));
+  return x[0];
+}
+
+VITKIT_INLINE float reduce_add(f32v v) {
+  return reduce(v, [](auto a, auto b) { return a + b; });
 }
 
 VITKIT_INLINE float reduce_max(f32v v) {
-#if defined(__AVX512F__) && VITKIT_SIMD_LANES == 16
-  return _mm512_reduce_max_ps(__m512(v));
-#else
-  float half[kLanes];
-  std::memcpy(half, &v, sizeof(v));
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) half[i] = half[i] > half[i + width] ? half[i] : half[i + width];
-  return half[0];
-#endif
+  return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // 2^x for x in (-inf, 127], flushing results below 2^-126 to 0. Relative error < 1.2e-7 (degree 6),

@@ -44,9 +44,11 @@ WARPS = 8
 def _small(ptr, n, c, C: tl.constexpr, PER_SAMPLE: tl.constexpr, mask, OTHERWISE: tl.constexpr):
     """Element of a [C] or [N, C] tensor as float32; OTHERWISE where the tensor is absent."""
     if ptr is None:
-        return tl.full(c.shape, OTHERWISE, tl.float32)
-    offset = n * C + c if PER_SAMPLE else c
-    return tl.load(ptr + offset, mask, 0.0).to(tl.float32)
+        value = tl.full(c.shape, OTHERWISE, tl.float32)
+    else:
+        offset = n * C + c if PER_SAMPLE else c
+        value = tl.load(ptr + offset, mask, 0.0).to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -74,8 +76,10 @@ def _activate(z, SILU: tl.constexpr):
 def _slope(z, SILU: tl.constexpr):
     if SILU:
         s = sigmoid(z)
-        return s * (1.0 + z * (1.0 - s))
-    return tl.full(z.shape, 1.0, tl.float32)
+        slope = s * (1.0 + z * (1.0 - s))
+    else:
+        slope = tl.full(z.shape, 1.0, tl.float32)
+    return slope
 
 
 @triton.jit
