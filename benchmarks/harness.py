@@ -214,16 +214,24 @@ def peak_bytes(call: Callable[[], Any], device: str) -> float:
     return float(peak)
 
 
+# A rival so many times slower than the fastest provider is out of the race: it is timed once more.
+OUT_OF_THE_RACE = 5.0
+
+
 def _rounds(
-    providers: Sequence[Provider], device: str, seconds: float, repeats: dict[str, int]
+    providers: Sequence[Provider], device: str, seconds: float, first: dict[str, float]
 ) -> dict[str, list[float]]:
-    """Providers take turns until the time is used up, at least five rounds."""
+    """Providers take turns until the time is used up, at least five rounds; ``first`` holds the
+    seconds of a call that warmed each up."""
     samples: dict[str, list[float]] = {p.name: [] for p in providers}
+    repeats = {name: max(1, min(64, int(1e-3 / max(t, 1e-7)))) for name, t in first.items()}
+    limit = OUT_OF_THE_RACE * min(first.values())
     stop = time.perf_counter() + seconds
     rounds = 0
     while rounds < 5 or (time.perf_counter() < stop and rounds < 200):
         for p in providers:
-            samples[p.name].append(_sample(p.call, device, repeats[p.name]))
+            if rounds == 0 or p.ours or first[p.name] <= limit:
+                samples[p.name].append(_sample(p.call, device, repeats[p.name]))
         rounds += 1
     return samples
 
@@ -257,10 +265,8 @@ def measure(case: Case, device: str, roofline: Roofline, seconds: float = 3.0) -
             if p.ours:
                 raise
             failed[p.name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    repeats = {
-        p.name: max(1, min(64, int(1e-3 / max(_sample(p.call, device, 1), 1e-7)))) for p in running
-    }
-    samples = _rounds(running, device, seconds, repeats)
+    first = {p.name: _sample(p.call, device, 1) for p in running}
+    samples = _rounds(running, device, seconds, first)
     _gate(ours, eager, exact, case)
     medians = {name: statistics.median(s) for name, s in samples.items()}
     mine = medians.pop(ours.name)

@@ -7,13 +7,16 @@ libraries load when they are first used.
 
 from vitkit._version import __version__
 from vitkit.backends import explain
+from vitkit.ops.dilated_attention import dilated_attention
 from vitkit.ops.flash_attention import flash_attention
 from vitkit.ops.group_norm_silu import group_norm_silu
+from vitkit.ops.window_attention import window_attention
 from vitkit.patch import is_patched, patch, patched, unpatch
 from vitkit.verify import verify
 
 __all__ = [
     "__version__",
+    "dilated_attention",
     "explain",
     "flash_attention",
     "group_norm_silu",
@@ -22,4 +25,5 @@ __all__ = [
     "patched",
     "unpatch",
     "verify",
+    "window_attention",
 ]

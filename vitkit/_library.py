@@ -251,6 +251,20 @@ def differentiable_backward(
     ]
 
 
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Casts as autocast casts the inputs of scaled_dot_product_attention: float64 stays."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        t.to(dtype)
+        if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        else t
+        for t in tensors
+    )
+
+
 def distinct(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     """The same tensors, a view in place of each repeated one: Dynamo cannot trace an
     autograd.Function that is given one tensor twice (q is k in self-attention without projections,

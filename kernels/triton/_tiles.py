@@ -94,8 +94,8 @@ BACKWARD_DKV: tuple[Row, ...] = (
     Row("sm90", 2, 128, Tile(64, 64, 4, 2), "one warpgroup, 255 registers, 97 KB", plain=True),
     Row("sm90", 2, 128, Tile(64, 64, 8, 2), "234 registers; 4 warps spill with a term"),
     Row("sm90", 2, 256, Tile(64, 32, 4, 1), "255 registers, 104 KB; 64 keys: 88 hot spills"),
-    # 128 x 128 beyond a head dim of 64, and 64 x 128 beyond 128, would need more than the 512 columns
-    # of tensor memory; Triton then emits a kernel that only traps.
+    # 128 x 128 beyond a head dim of 64, and 64 x 128 beyond 128, would need more than the 512
+    # columns of tensor memory; Triton then emits a kernel that only traps.
     Row("sm100", 2, 128, Tile(64, 128, 8, 2), "132 to 206 registers, 83 to 209 KB"),
     Row("sm100", 2, 256, Tile(64, 64, 8, 2), "127 to 250 registers, 148 to 205 KB"),
     Row("hip", 2, 64, Tile(64, 64, 4, 1), "246 registers: 2 waves a SIMD"),

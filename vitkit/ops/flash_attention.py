@@ -365,7 +365,7 @@ def flash_attention(
         except Exception:
             pass  # refused: the checks below say why, or choose another backend
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
-        q, k, v = _autocast(q, k, v)
+        q, k, v = _library.autocast(q, k, v)
     plan = _plan(q, k, v, bias, causal, scale, cu_seqlens_q, cu_seqlens_k, backend)
     if not torch.compiler.is_compiling():
         if cu_seqlens_q is not None and cu_seqlens_k is not None:
@@ -434,20 +434,6 @@ def _plan(q, k, v, bias, causal, scale, cu_seqlens_q, cu_seqlens_k, backend) -> 
     )
     _memo.put(key, plan)
     return plan
-
-
-def _autocast(*tensors):
-    """Casts as autocast casts the inputs of scaled_dot_product_attention: float64 stays."""
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        t.to(dtype)
-        if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64
-        else t
-        for t in tensors
-    )
 
 
 backends.OPS[NAME] = backends.Op(flash_attention, _check)
