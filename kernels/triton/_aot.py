@@ -29,7 +29,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from ._primitives import INTERPRET, Device, Launch
 
-MODULES = ("flash_attention", "group_norm_silu")
+MODULES = ("flash_attention", "window_attention", "group_norm_silu")
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
     "sm86": GPUTarget("cuda", 86, 32),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._primitives import Device, next_power_of_2
+from ._primitives import Device, largest_power_of_2, next_power_of_2
 
 
 class Tile(NamedTuple):
@@ -129,6 +129,25 @@ BACKWARD_DBIAS: tuple[Row, ...] = (
     Row("hip", 4, 256, Tile(32, 32, 4, 1), "316 to 491 registers; 8 warps: 15 hot spills"),
 )
 DELTA = Tile(32, 0, 4, 1)  # one pass over two tensors: 128 threads times 16 bytes and more
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """Power-of-two blocks (D0, D1) covering ``head_dim``, each 0 or at least the 16 that a matrix
+    instruction contracts; one block where two would not be smaller. None is wider than 128: on
+    sm80 a product with more columns than rows is split by columns, and then each row of the softmax
+    is spread over all warps. Beside 128 columns the second block has 64 or 128: with 32, every tile
+    of the key gradient spills."""
+    whole = max(16, next_power_of_2(head_dim))
+    main = min(128, max(16, largest_power_of_2(head_dim)))
+    tail = max(64 if main == 128 else 16, next_power_of_2(head_dim - main))
+    one = main >= head_dim or (main + tail >= whole and whole <= 128)
+    return (whole, 0) if one else (main, tail)
+
+
+def ragged_tile(n: int, block: int) -> int:
+    """Smallest tile for the last ``n % block`` rows, 0 if there are none."""
+    rest = n % block
+    return max(16, next_power_of_2(rest)) if rest else 0
 
 
 def pick_tile(

@@ -26,7 +26,6 @@ from ._primitives import (
     Launch,
     cdiv,
     device_of,
-    largest_power_of_2,
     next_power_of_2,
     run,
 )
@@ -39,6 +38,8 @@ from ._tiles import (
     Row,
     Tile,
     pick_tile,
+    ragged_tile,
+    split_head_dim,
 )
 
 # ---- token maps
@@ -127,7 +128,7 @@ def _load_plane(term_args, batch, head, m, n, inside):
 
 
 @triton.jit
-def bias_term(term_args, batch, head, m, n, inside):
+def bias_term(term_args, batch, head, origin, m, n, inside):
     bias = _load_plane(term_args, batch, head, m, n, inside).to(tl.float32)
     scaled = bias * LOG2E
     if term_args[0].dtype.element_ty != tl.float16:
@@ -137,7 +138,7 @@ def bias_term(term_args, batch, head, m, n, inside):
 
 
 @triton.jit
-def mask_term(term_args, batch, head, m, n, inside):
+def mask_term(term_args, batch, head, origin, m, n, inside):
     return _load_plane(term_args, batch, head, m, n, inside) != 0
 
 
@@ -214,25 +215,6 @@ def attention_dbias_kernel(
 
 
 # ---- launchers
-
-
-def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """Power-of-two blocks (D0, D1) covering ``head_dim``, each 0 or at least the 16 that a matrix
-    instruction contracts; one block where two would not be smaller. None is wider than 128: on
-    sm80 a product with more columns than rows is split by columns, and then each row of the softmax
-    is spread over all warps. Beside 128 columns the second block has 64 or 128: with 32, every tile
-    of the key gradient spills."""
-    whole = max(16, next_power_of_2(head_dim))
-    main = min(128, max(16, largest_power_of_2(head_dim)))
-    tail = max(64 if main == 128 else 16, next_power_of_2(head_dim - main))
-    one = main >= head_dim or (main + tail >= whole and whole <= 128)
-    return (whole, 0) if one else (main, tail)
-
-
-def _tail(n: int, block: int) -> int:
-    """Smallest tile for the last ``n % block`` rows, 0 if there are none."""
-    rest = n % block
-    return max(16, next_power_of_2(rest)) if rest else 0
 
 
 @dataclass
@@ -323,10 +305,10 @@ class _Call:
 
     def key_tail(self, block_n: int) -> int:
         """Diagonal and packed tiles take the whole block: where they end is not known here."""
-        return block_n if self.packed or self.causal else _tail(self.n_k, block_n)
+        return block_n if self.packed or self.causal else ragged_tile(self.n_k, block_n)
 
     def query_tail(self, block_m: int) -> int:
-        return block_m if self.packed else _tail(self.n_q, block_m)
+        return block_m if self.packed else ragged_tile(self.n_q, block_m)
 
 
 def _forward_launches(call: _Call, out: torch.Tensor, lse: torch.Tensor) -> list[Launch]:

@@ -1,0 +1,569 @@
+"""window_attention: a window token map and a relative-position term over the attention core.
+
+A sequence is a window; its tokens are found in the map by arithmetic, and so are the table slot and
+the region of each pair of them. Places without a token are pads (see ``_attention.py``).
+
+The gradient of the table is a sum over windows and then along diagonals of the score matrix. A
+program owns one tile of that matrix and a chunk of the windows: it sums ds over its windows in
+registers and folds the sum onto the slots once, by a gather. Partial sums are [programs, slots of a
+tile], and are added up in a fixed order: no atomics, no [S, S] matrix in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import triton
+import triton.language as tl
+
+from . import _attention as core
+from . import _cosine
+from ._attention import load_lse_delta, load_rows, score_grad_tile, term_tile, weight_tile
+from ._cosine import pair_scale, row_scale
+from ._primitives import (
+    AotSpec,
+    Device,
+    Launch,
+    cdiv,
+    device_of,
+    next_power_of_2,
+    run,
+)
+from ._tiles import (
+    BACKWARD_DBIAS,
+    BACKWARD_DKV,
+    BACKWARD_DQ,
+    DELTA,
+    FORWARD,
+    Row,
+    Tile,
+    pick_tile,
+    ragged_tile,
+    split_head_dim,
+)
+
+MASK = tl.constexpr(-100.0 * 1.4426950408889634)  # of regions, in the exp2 domain
+SLOT_BLOCK = 64  # slots folded at once
+REDUCE_PARTS, REDUCE_SLOTS = 32, 64
+
+# ---- token map. args: height, width, heads, shifts, window (WH, WW), RAGGED, ROLL_FIRST
+
+
+@triton.jit
+def find_window(map_args, window):
+    """(batch, (y, x) of the window's first place in the shifted grid)"""
+    height, width, _, _, _, WH, WW, _, _ = map_args
+    rows = tl.cdiv(height, WH)
+    columns = tl.cdiv(width, WW)
+    origin = (window // columns % rows * WH, window % columns * WW)
+    return (window // columns // rows).to(tl.int64), origin
+
+
+@triton.jit
+def locate_window(map_args, pid, KEYS: tl.constexpr, BLOCK: tl.constexpr):
+    """Heads of a window are neighbours: their rows share cache lines."""
+    heads, WH, WW = map_args[2], map_args[5], map_args[6]
+    TILES: tl.constexpr = (WH * WW + BLOCK - 1) // BLOCK
+    batch, origin = find_window(map_args, pid // TILES // heads)
+    head = (pid // TILES % heads).to(tl.int64)
+    return batch, head, pid % TILES * BLOCK, origin, WH * WW, origin, WH * WW
+
+
+@triton.jit
+def _source(
+    place, size, shift, WINDOW: tl.constexpr, RAGGED: tl.constexpr, ROLL_FIRST: tl.constexpr
+):
+    """Token at a place of the shifted grid along one axis, -1 at a pad."""
+    if not RAGGED:
+        source = place + shift
+        return tl.where(source >= size, source - size, source)
+    elif ROLL_FIRST:
+        return tl.where(place < size, (place + shift) % size, -1)
+    else:
+        places = tl.cdiv(size, WINDOW) * WINDOW
+        source = place + shift
+        source = tl.where(source >= places, source - places, source)
+        return tl.where(source < size, source, -1)
+
+
+@triton.jit
+def tokens_window(map_args, origin, i):
+    height, width, _, shift_y, shift_x, WH, WW, RAGGED, ROLL_FIRST = map_args
+    y = _source(origin[0] + i // WW, height, shift_y, WH, RAGGED, ROLL_FIRST)
+    x = _source(origin[1] + i % WW, width, shift_x, WW, RAGGED, ROLL_FIRST)
+    token = y.to(tl.int64) * width + x
+    if RAGGED:
+        token = tl.where((y < 0) | (x < 0), -1, token)
+    return token
+
+
+# ---- score term. args: table [heads, slots] times log2(e) or None, first row and column of the
+# grid that the shift has brought there (None: no shift), window
+
+
+@triton.jit
+def _slot(i, WW: tl.constexpr):
+    """The slot of places i and j is _slot(i) - _slot(j) + that of the last place."""
+    return i // WW * (2 * WW - 1) + i % WW
+
+
+@triton.jit
+def _region(origin, i, limits, WW: tl.constexpr):
+    moved_y = origin[0] + i // WW >= limits[0]
+    moved_x = origin[1] + i % WW >= limits[1]
+    return moved_y.to(tl.int32) * 2 + moved_x.to(tl.int32)
+
+
+@triton.jit
+def window_term(term_args, batch, head, origin, m, n, inside):
+    table_ptr, limits, WH, WW = term_args
+    LAST: tl.constexpr = WH * WW - 1
+    if inside is not None:
+        n = tl.minimum(n, LAST)
+    if limits is not None:
+        mask = tl.where(_region(origin, m, limits, WW) == _region(origin, n, limits, WW), 0.0, MASK)
+    if table_ptr is not None:
+        table_ptr += head * ((2 * WH - 1) * (2 * WW - 1))
+        bias = tl.load(table_ptr + (_slot(m, WW) + _slot(LAST, WW) - _slot(n, WW)))
+    if limits is None:
+        return bias
+    elif table_ptr is None:
+        return mask
+    else:
+        return bias + mask
+
+
+# ---- gradient of the table
+
+
+@triton.jit
+def first_slot_row(
+    first_m, first_n, S: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Smallest dy + wh - 1 in the tile at (first_m, first_n): its slots are a range from there."""
+    return first_m // WW - (tl.minimum(first_n + BLOCK_N, S) - 1) // WW + WH - 1
+
+
+@triton.jit
+def fold_tile(
+    acc, partial_ptr, first_m, first_n, WH: tl.constexpr, WW: tl.constexpr, SLOTS: tl.constexpr,
+    SLOT_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Sums of the tile over each relative position: [SLOTS] from that of first_slot_row on. Of
+    every row, at most one key is at a given position."""
+    lowest = first_slot_row(first_m, first_n, WH * WW, WH, WW, BLOCK_N)
+    m = first_m + tl.arange(0, BLOCK_M)[:, None]
+    for start in tl.range(0, SLOTS, SLOT_BLOCK):
+        slot = start + tl.arange(0, SLOT_BLOCK)
+        dy = lowest - (WH - 1) + slot // (2 * WW - 1)
+        dx = slot % (2 * WW - 1) - (WW - 1)
+        x = m % WW - dx[None, :]
+        n = (m // WW - dy[None, :]) * WW + x - first_n
+        there = (x >= 0) & (x < WW) & (n >= 0) & (n < BLOCK_N)
+        found = tl.where(there, tl.gather(acc, tl.where(there, n, 0), 1), 0.0)
+        tl.store(partial_ptr + slot, tl.sum(found, 0), mask=slot < SLOTS)
+
+
+@triton.jit
+def window_dtable_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, partial_ptr,
+    q_strides, k_strides, v_strides, grad_strides, lse_strides,
+    scale,  # times log2(e)
+    map_args, term_args, windows,
+    chunk,  # windows of one program
+    TERM: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLOTS: tl.constexpr, SLOT_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, pads=None, log_gain_ptr=None,
+):  # fmt: skip
+    """partial [chunks, heads, query tiles, key tiles, SLOTS]: ds of a tile, summed over a chunk of
+    the windows and folded."""
+    heads, WH, WW = map_args[2], map_args[5], map_args[6]
+    S: tl.constexpr = WH * WW
+    TILES_M: tl.constexpr = (S + BLOCK_M - 1) // BLOCK_M
+    TILES_N: tl.constexpr = (S + BLOCK_N - 1) // BLOCK_N
+    COSINE: tl.constexpr = log_gain_ptr is not None
+    pid = tl.program_id(0)
+    first_n = pid % TILES_N * BLOCK_N
+    first_m = pid // TILES_N % TILES_M * BLOCK_M
+    head = (pid // (TILES_M * TILES_N) % heads).to(tl.int64)
+    lo = pid // (TILES_M * TILES_N) // heads * chunk
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    valid_n = offs_n < S
+    pad = core.pad_rows(pads, head, D)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for window in tl.range(lo, tl.minimum(lo + chunk, windows)):
+        batch, origin = find_window(map_args, window)
+        at = (batch, head, first_m, origin, S, origin, S)
+        t = term_tile(term_args, at, offs_m, offs_n, valid_n, True, 0, TERM)
+        m = tokens_window(map_args, origin, offs_m)
+        n = tokens_window(map_args, origin, offs_n) * UNIT
+        valid_m = core.existing(m, offs_m, S, pads)
+        q_row = q_ptr + (batch * q_strides[0] + head * q_strides[1]) * UNIT
+        k_row = k_ptr + (batch * k_strides[0] + head * k_strides[1]) * UNIT
+        v_row = v_ptr + (batch * v_strides[0] + head * v_strides[1]) * UNIT
+        grad_row = grad_ptr + (batch * grad_strides[0] + head * grad_strides[1]) * UNIT
+        q = load_rows(q_row, m * UNIT, q_strides[2], valid_m, True, D, D0, D1)
+        k = load_rows(k_row, n, k_strides[2], valid_n, True, D, D0, D1, pad[0])
+        statistics = batch * lse_strides[0] + head * lse_strides[1] + m * lse_strides[2]
+        lse, delta = load_lse_delta(lse_ptr, delta_ptr, statistics, valid_m, True)
+        factor, _ = pair_scale(row_scale(q, head, scale, log_gain_ptr, D1), k, D1, COSINE)
+        keep = valid_n[None, :]
+        p = weight_tile(q, k, lse[:, None], factor, t, keep, False, True, D1, PRECISION)
+        grad = load_rows(grad_row, m * UNIT, grad_strides[2], valid_m, True, D, D0, D1)
+        v = load_rows(v_row, n, v_strides[2], valid_n, True, D, D0, D1, pad[1])
+        acc += score_grad_tile(p, grad, v, delta[:, None], D1, PRECISION)
+    partial_ptr += pid.to(tl.int64) * SLOTS
+    fold_tile(acc, partial_ptr, first_m, first_n, WH, WW, SLOTS, SLOT_BLOCK, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def window_dtable_sum_kernel(
+    partial_ptr, dtable_ptr, heads, parts,
+    WH: tl.constexpr, WW: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PARTS: tl.constexpr, SLOT_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dtable [slots, heads]: the partial sums of one head, added in their order."""
+    S: tl.constexpr = WH * WW
+    TILES_M: tl.constexpr = (S + BLOCK_M - 1) // BLOCK_M
+    TILES_N: tl.constexpr = (S + BLOCK_N - 1) // BLOCK_N
+    ALL: tl.constexpr = (2 * WH - 1) * (2 * WW - 1)
+    head = tl.program_id(1)
+    slot = tl.program_id(0) * SLOT_BLOCK + tl.arange(0, SLOT_BLOCK)
+    acc = tl.zeros([SLOT_BLOCK], tl.float32)
+    for start in tl.range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        tile = part % (TILES_M * TILES_N)
+        chunk = part // (TILES_M * TILES_N)
+        lowest = first_slot_row(
+            tile // TILES_N * BLOCK_M, tile % TILES_N * BLOCK_N, S, WH, WW, BLOCK_N
+        )
+        here = slot[None, :] - (lowest * (2 * WW - 1))[:, None]
+        row = (chunk.to(tl.int64) * heads + head) * (TILES_M * TILES_N) + tile
+        mask = (part < parts)[:, None] & (here >= 0) & (here < SLOTS)
+        acc += tl.sum(tl.load(partial_ptr + row[:, None] * SLOTS + here, mask=mask, other=0.0), 0)
+    tl.store(dtable_ptr + slot * heads + head, acc, mask=slot < ALL)
+
+
+# ---- launchers
+
+
+def _one_token_axis(t: torch.Tensor) -> torch.Tensor:
+    """[B, H, W, ...] with rows behind each other, so that a token has one index: itself if it is
+    already so."""
+    return t if t.stride(1) == t.shape[2] * t.stride(2) or t.shape[1] == 1 else t.contiguous()
+
+
+@dataclass
+class _Call:
+    """One call, as its kernels see it."""
+
+    qkv: torch.Tensor  # [B, H, W, 3, heads, D]
+    bias_table: torch.Tensor | None
+    logit_scale: torch.Tensor | None
+    pad_value: torch.Tensor | None
+    window: tuple[int, int]
+    shift: tuple[int, int]
+    scale: float
+    roll_first: bool
+    device: Device
+
+    def __post_init__(self) -> None:
+        self.qkv = _one_token_axis(self.qkv)
+        self.batch, self.height, self.width, _, self.heads, self.head_dim = self.qkv.shape
+        (wh, ww), (sh, sw) = self.window, self.shift
+        rows, columns = cdiv(self.height, wh), cdiv(self.width, ww)
+        self.windows = self.batch * rows * columns
+        self.tokens = wh * ww
+        self.ragged = self.height % wh != 0 or self.width % ww != 0
+        window = (tl.constexpr(wh), tl.constexpr(ww))
+        self.map_args = (
+            self.height, self.width, self.heads, sh, sw, *window, tl.constexpr(self.ragged),
+            tl.constexpr(self.ragged and self.roll_first),
+        )  # fmt: skip
+        limits = (rows * wh - sh, columns * ww - sw) if sh or sw else None
+        term = self.bias_table is not None or limits is not None
+        cosine = self.logit_scale is not None
+        self.term_args = (self._table(), limits, *window) if term else None
+        fp32 = self.qkv.dtype == torch.float32
+        tf32 = fp32 and torch.backends.cuda.matmul.allow_tf32 and self.device.arch.startswith("sm")
+        d0, d1 = split_head_dim(self.head_dim)
+        self.constants: dict[str, Any] = {
+            "TERM": window_term if term else None,
+            "D": self.head_dim,
+            "D0": d0,
+            "D1": d1,
+            "PRECISION": "tf32" if tf32 else "ieee",
+        }
+        self.map = {"LOCATE": locate_window, "TOKENS": tokens_window, "CAUSAL": False}
+        # A scale <= 0 would turn the maximum around.
+        self.map["FOLD"] = not term and not cosine and self.scale > 0
+        self.scale_log2 = self.scale * math.log2(math.e)
+        self.extra = {"pads": self._pads(), "log_gain_ptr": self.logit_scale}
+
+    def _table(self) -> torch.Tensor | None:
+        """[heads, slots], times log2(e): slots of a head are neighbours."""
+        if self.bias_table is None:
+            return None
+        table = torch.empty_like(self.bias_table.t(), memory_format=torch.contiguous_format)
+        return torch.mul(self.bias_table.t(), math.log2(math.e), out=table)
+
+    def _pads(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if not self.ragged:
+            return None
+        pad = self.pad_value
+        if pad is None:
+            pad = self.qkv.new_zeros(3, self.heads, self.head_dim)
+        return pad[1], pad[2]
+
+    @property
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.split(self.qkv)
+
+    def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k and v, [B, H, W, heads, D]"""
+        q, k, v = qkv.unbind(3)
+        return q, k, v
+
+    def by_head(self, t: torch.Tensor) -> torch.Tensor:
+        return t.view(*t.shape[:3], self.heads, self.head_dim)
+
+    def strides(self, *tensors: torch.Tensor) -> tuple[int, list[tuple[int, int, int]]]:
+        """(unit, [(batch, head, token) in units of ``unit`` elements]) of [B, H, W, heads, D]."""
+        triples = [(t.stride(0), t.stride(3), t.stride(2)) for t in tensors]
+        unit = 8 if all(s % 8 == 0 for triple in triples for s in triple) else 1
+        return unit, [tuple(s // unit for s in triple) for triple in triples]
+
+    def tile(self, table: tuple[Row, ...]) -> Tile:
+        term = self.constants["TERM"] is not None
+        n = self.tokens
+        return pick_tile(table, self.device, self.qkv.dtype, self.head_dim, n, n, term)
+
+    def programs(self, block: int) -> int:
+        return self.windows * self.heads * cdiv(self.tokens, block)
+
+
+def _statistics(t: torch.Tensor) -> tuple[int, int, int]:
+    """(batch, head, token) strides of [B, H, W, heads]."""
+    return (t.stride(0), t.stride(3), t.stride(2))
+
+
+def forward(
+    qkv: torch.Tensor,  # [B, H, W, 3, heads, D]
+    bias_table: torch.Tensor | None,  # [(2 wh - 1) (2 ww - 1), heads] float32
+    logit_scale: torch.Tensor | None,  # [heads] float32
+    pad_value: torch.Tensor | None,  # [3, heads, D]
+    window_size: tuple[int, int],
+    shift_size: tuple[int, int],
+    scale: float,
+    roll_first: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [B, H, W, heads * D], lse [B, H, W, heads] float32)."""
+    arguments = (bias_table, logit_scale, pad_value, window_size, shift_size, scale, roll_first)
+    out, lse, launches = plan_forward(qkv, *arguments, device_of(qkv))
+    run(launches, qkv)
+    return out, lse
+
+
+def plan_forward(qkv, *arguments):
+    """Outputs and launches of :func:`forward` on the device ``arguments`` end with."""
+    b, h, w, _, heads, d = qkv.shape
+    out = torch.empty((b, h, w, heads * d), dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty((b, h, w, heads), dtype=torch.float32, device=qkv.device)
+    if out.numel() == 0:
+        return out, lse, []
+    call = _Call(qkv, *arguments)
+    tile = call.tile(FORWARD)
+    unit, strides = call.strides(*call.rows, call.by_head(out))
+    launch = Launch(
+        core.attention_fwd_kernel,
+        (call.programs(tile.block_m),),
+        (*call.rows, out, lse, *strides, _statistics(lse), call.scale_log2, call.map_args,
+         call.term_args),
+        {**call.map, **call.constants, **call.extra, "UNIT": unit, "BLOCK_M": tile.block_m,
+         "BLOCK_N": tile.block_n, "TAIL": ragged_tile(call.tokens, tile.block_n)},
+        tile.num_warps,
+        tile.num_stages,
+    )  # fmt: skip
+    return out, lse, [launch]
+
+
+@dataclass
+class _Partials:
+    """What backward kernels leave to be summed; None where nothing asks for it."""
+
+    dtable: torch.Tensor | None = None
+    dlog_gain: torch.Tensor | None = None
+    dpads: torch.Tensor | None = None
+
+
+def _delta_launch(call: _Call, grad, out, lse, delta) -> Launch:
+    unit, strides = call.strides(call.by_head(grad), call.by_head(out))
+    return Launch(
+        core.attention_delta_kernel,
+        (call.programs(DELTA.block_m),),
+        (grad, out, None, delta, *strides, None, _statistics(lse), call.map_args),
+        {"LOCATE": locate_window, "TOKENS": tokens_window, "HAS_DLSE": False, "D": call.head_dim,
+         "BLOCK_D": max(16, next_power_of_2(call.head_dim)), "UNIT": unit,
+         "BLOCK_M": DELTA.block_m, "pads": call.extra["pads"]},
+        DELTA.num_warps,
+        DELTA.num_stages,
+    )  # fmt: skip
+
+
+def _row_launches(call: _Call, grad, lse, delta, dqkv, partials: _Partials) -> list[Launch]:
+    """Gradients of k and v, then of q."""
+    dq, dk, dv = call.split(dqkv)
+    q, k, v = call.rows
+    inputs = (q, k, v, grad, lse, delta)
+    scalars = (call.scale_log2, call.scale, call.map_args, call.term_args)
+    unit, strides = call.strides(q, k, v, call.by_head(grad), dq)
+    shared = (*strides[:4], _statistics(lse))
+    launches = []
+    for kernel, table, outputs in (
+        (core.attention_bwd_dkv_kernel, BACKWARD_DKV, (dk, dv)),
+        (core.attention_bwd_dq_kernel, BACKWARD_DQ, (dq,)),
+    ):
+        tile = call.tile(table)
+        own, loop = (tile.block_n, tile.block_m) if len(outputs) == 2 else tile[:2]
+        extra: dict[str, Any] = {}
+        if len(outputs) == 1 and call.logit_scale is not None:
+            shape = (call.windows, call.heads, cdiv(call.tokens, own))
+            partials.dlog_gain = extra["dlog_gain_ptr"] = lse.new_empty(shape)
+        if len(outputs) == 2 and call.ragged:
+            shape = (call.windows, call.heads, cdiv(call.tokens, own), 2, call.head_dim)
+            partials.dpads = extra["dpads_ptr"] = lse.new_empty(shape)
+        launches.append(
+            Launch(
+                kernel,
+                (call.programs(own),),
+                (*inputs, *outputs, *shared, *strides[4:] * len(outputs), *scalars),
+                {**call.map, **call.constants, **call.extra, **extra, "UNIT": unit,
+                 "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+                 "TAIL": ragged_tile(call.tokens, loop)},
+                tile.num_warps,
+                tile.num_stages,
+            )
+        )  # fmt: skip
+    return launches
+
+
+def _tile_slots(call: _Call, block_m: int, block_n: int) -> int:
+    """Slots that a tile of the score matrix may touch: all dx, and a range of dy."""
+    wh, ww = call.window
+    spans = (min(wh, (block + ww - 2) // ww + 1) for block in (block_m, block_n))
+    return min(2 * wh - 1, sum(spans) - 1) * (2 * ww - 1)
+
+
+def _dtable_launches(call: _Call, grad, lse, delta, dtable) -> list[Launch]:
+    tile = call.tile(BACKWARD_DBIAS)
+    q, k, v = call.rows
+    unit, strides = call.strides(q, k, v, call.by_head(grad))
+    tiles = cdiv(call.tokens, tile.block_m) * cdiv(call.tokens, tile.block_n)
+    chunks = min(call.windows, cdiv(2 * call.device.units, tiles * call.heads))
+    chunk = cdiv(call.windows, chunks)
+    chunks = cdiv(call.windows, chunk)
+    slots = _tile_slots(call, tile.block_m, tile.block_n)
+    partial = lse.new_empty(chunks, call.heads, tiles, slots)
+    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SLOTS": slots}
+    fold = Launch(
+        window_dtable_kernel,
+        (chunks * call.heads * tiles,),
+        (q, k, v, grad, lse, delta, partial, *strides, _statistics(lse), call.scale_log2,
+         call.map_args, call.term_args, call.windows, chunk),
+        {**call.constants, **call.extra, **blocks, "UNIT": unit, "SLOT_BLOCK": SLOT_BLOCK},
+        tile.num_warps,
+        tile.num_stages,
+    )  # fmt: skip
+    return [fold, _dtable_sum_launch(call, partial, dtable, chunks * tiles, blocks)]
+
+
+def _dtable_sum_launch(call: _Call, partial, dtable, parts: int, blocks) -> Launch:
+    wh, ww = call.window
+    return Launch(
+        window_dtable_sum_kernel,
+        (cdiv(dtable.shape[0], REDUCE_SLOTS), call.heads),
+        (partial, dtable, call.heads, parts),
+        {**blocks, "WH": wh, "WW": ww, "PARTS": REDUCE_PARTS, "SLOT_BLOCK": REDUCE_SLOTS},
+        4,
+        1,
+    )
+
+
+def backward(
+    grad: torch.Tensor,  # [B, H, W, heads * D], any strides
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    bias_table: torch.Tensor | None,
+    logit_scale: torch.Tensor | None,
+    pad_value: torch.Tensor | None,
+    window_size: tuple[int, int],
+    shift_size: tuple[int, int],
+    scale: float,
+    roll_first: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dqkv, dbias_table, dlogit_scale, dpad_value); empty for what is None."""
+    arguments = (bias_table, logit_scale, pad_value, window_size, shift_size, scale, roll_first)
+    call = _Call(qkv, *arguments, device_of(qkv))
+    dqkv, dtable, partials, launches = plan_backward(call, grad, out, lse)
+    run(launches, qkv)
+    none = qkv.new_empty(0)
+    dlogit_scale = dpad = none
+    if logit_scale is not None:
+        below = logit_scale <= _cosine.MAX_LOG_GAIN.value
+        dlogit_scale = torch.where(below, partials.dlog_gain.sum((0, 2)), 0.0)
+    if pad_value is not None:
+        dpad = torch.zeros_like(pad_value)
+        if partials.dpads is not None:  # pads have no query, and so no gradient of it
+            dpad[1:] = partials.dpads.sum((0, 2)).transpose(0, 1)
+    return dqkv, none if dtable is None else dtable, dlogit_scale, dpad
+
+
+def plan_backward(call: _Call, grad, out, lse):
+    """(dqkv, dtable or None, partial sums, launches)"""
+    grad = _one_token_axis(grad if grad.stride(-1) == 1 else grad.contiguous())
+    lse = lse.contiguous()
+    dqkv = torch.empty(call.qkv.shape, dtype=call.qkv.dtype, device=call.qkv.device)
+    delta = torch.empty_like(lse)
+    partials = _Partials()
+    launches = [_delta_launch(call, grad, out, lse, delta)]
+    launches += _row_launches(call, grad, lse, delta, dqkv, partials)
+    dtable = None
+    if call.bias_table is not None:
+        dtable = torch.empty_like(call.bias_table)
+        launches += _dtable_launches(call, grad, lse, delta, dtable)
+    return dqkv, dtable, partials, launches
+
+
+def aot_specs() -> list[AotSpec]:
+    """Calls worth compiling without a GPU: first stages of Swin-T, Swin-B at 384 and Swin V2, and a
+    detector's map that the window does not divide."""
+
+    def call(name: str, size: tuple[int, int], window: int, heads: int, cosine=False) -> AotSpec:
+        def launches(device: Device) -> list[Launch]:
+            def meta(*shape: int, dtype=torch.float32) -> torch.Tensor:
+                return torch.empty(*shape, dtype=dtype, device="meta")
+
+            qkv = meta(8, *size, 3, heads, 32, dtype=torch.bfloat16)
+            table, gain = meta((2 * window - 1) ** 2, heads), meta(heads) if cosine else None
+            pad = meta(3, heads, 32, dtype=torch.bfloat16)
+            shift = window // 2
+            arguments = (table, gain, pad, (window,) * 2, (shift,) * 2, 32**-0.5, False, device)
+            out, lse, forward_launches = plan_forward(qkv, *arguments)
+            call = _Call(qkv, *arguments)
+            return forward_launches + plan_backward(call, out, out, lse)[3]
+
+        return AotSpec(name, launches, matmul=True)
+
+    return [
+        call("swin_t_window_7", (56, 56), 7, 3),
+        call("swin_detector_padded", (200, 334), 7, 3),
+        call("swin_b_window_12", (96, 96), 12, 4),
+        call("swin_v2_window_16", (64, 64), 16, 3, cosine=True),
+        call("swin_v2_window_24", (96, 96), 24, 6, cosine=True),
+    ]
