@@ -171,9 +171,9 @@ def term_tile(
 
 @triton.jit
 def score_tile(a, b, scale, t, FOLD: tl.constexpr, D1: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores a b^T in the exp2 domain with term t; scale is a number or a tile. With FOLD the factor
-    ``scale`` is still missing: it is a positive number and there is no term, so it becomes part of
-    the multiply-add of the exponent."""
+    """Scores a b^T in the exp2 domain with term t; scale is a number or a tile. With FOLD it is
+    still missing: it is a positive number and there is no term, so it becomes part of the
+    multiply-add of the exponent."""
     s = dot_rows(a, b, D1, PRECISION)
     if not FOLD:
         s = s * scale
@@ -215,7 +215,7 @@ def attend(
         t = term_tile(term_args, at, offs_m, offs_n, valid, MASK, 0, TERM)
         tokens = TOKENS(map_args, origin_k, offs_n)
         k = load_rows(k_ptr, tokens * UNIT, k_stride, valid, MASK, D, D0, D1, pad[0])
-        factor, _ = pair_scale(scale, k, D1, COSINE)
+        factor, inverse = pair_scale(scale, k, D1, COSINE)
         s = score_tile(q, k, factor, t, FOLD, D1, PRECISION)
         if MASK:
             keep = valid[None, :]

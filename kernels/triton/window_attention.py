@@ -211,7 +211,8 @@ def window_dtable_kernel(
         k = load_rows(k_row, n, k_strides[2], valid_n, True, D, D0, D1, pad[0])
         statistics = batch * lse_strides[0] + head * lse_strides[1] + m * lse_strides[2]
         lse, delta = load_lse_delta(lse_ptr, delta_ptr, statistics, valid_m, True)
-        factor, _ = pair_scale(row_scale(q, head, scale, log_gain_ptr, D1), k, D1, COSINE)
+        row_factor = row_scale(q, head, scale, log_gain_ptr, D1)
+        factor, inverse = pair_scale(row_factor, k, D1, COSINE)
         keep = valid_n[None, :]
         p = weight_tile(q, k, lse[:, None], factor, t, keep, False, True, D1, PRECISION)
         grad = load_rows(grad_row, m * UNIT, grad_strides[2], valid_m, True, D, D0, D1)
