@@ -75,7 +75,8 @@ def row_grad(dx, x, scale, D1: tl.constexpr):
     along = sum_products(x, y, D1)
     squared = sum_products(x, x, D1)
     # A norm that was clamped is a constant.
-    share = tl.where(squared > MIN_NORM_SQUARED, along / squared, 0.0)[:, None]
+    share = along / tl.maximum(squared, MIN_NORM_SQUARED)
+    share = tl.where(squared > MIN_NORM_SQUARED, share, 0.0)[:, None]
     z = (y[0] - x[0].to(tl.float32) * share,)
     if D1 > 0:
         z = z + (y[1] - x[1].to(tl.float32) * share,)

@@ -128,6 +128,12 @@ BACKWARD_DBIAS: tuple[Row, ...] = (
     Row("hip", 4, 80, Tile(64, 32, 8, 1), "222 to 236 registers: 2 waves a SIMD"),
     Row("hip", 4, 256, Tile(32, 32, 4, 1), "316 to 491 registers; 8 warps: 15 hot spills"),
 )
+# All gradients of a window in one kernel; block_m = block_n holds the window.
+BACKWARD_WINDOW: tuple[Row, ...] = (
+    Row("cpu", 4, 256, Tile(64, 64, 4, 1), "interpreter"),
+    Row("sm80 sm86 sm90 sm100 hip", 2, 64, Tile(64, 64, 4, 1), "TODO"),
+    Row("sm80 sm86 sm90 sm100 hip", 4, 32, Tile(64, 64, 4, 1), "TODO"),
+)
 DELTA = Tile(32, 0, 4, 1)  # one pass over two tensors: 128 threads times 16 bytes and more
 
 
@@ -150,6 +156,21 @@ def ragged_tile(n: int, block: int) -> int:
     return max(16, next_power_of_2(rest)) if rest else 0
 
 
+def _fitting(
+    table: tuple[Row, ...], device: Device, dtype: torch.dtype, head_dim: int, term: bool
+) -> Tile | None:
+    size = 4 if device.arch == "cpu" else dtype.itemsize
+    fitting = (
+        row.tile
+        for row in table
+        if device.arch in row.archs.split()
+        and row.itemsize == size
+        and head_dim <= row.head_dim
+        and not (term and row.plain)
+    )
+    return next(fitting, None)
+
+
 def pick_tile(
     table: tuple[Row, ...],
     device: Device,
@@ -160,16 +181,7 @@ def pick_tile(
     term: bool,
 ) -> Tile:
     """The table's tile, cut down to short sequences."""
-    size = 4 if device.arch == "cpu" else dtype.itemsize
-    fitting = (
-        row.tile
-        for row in table
-        if device.arch in row.archs.split()
-        and row.itemsize == size
-        and head_dim <= row.head_dim
-        and not (term and row.plain)
-    )
-    tile = next(fitting, None)
+    tile = _fitting(table, device, dtype, head_dim, term)
     if tile is None:
         raise NotImplementedError(
             f"flash_attention: no tile for head dim {head_dim} in {dtype} on {device.arch}"
@@ -178,3 +190,13 @@ def pick_tile(
     block_n = min(tile.block_n, max(16, next_power_of_2(n_k)))
     share = max(tile.block_m // block_m, 1)
     return Tile(block_m, block_n, max(1, tile.num_warps // share), tile.num_stages)
+
+
+def pick_window_tile(device: Device, dtype: torch.dtype, head_dim: int, tokens: int) -> Tile | None:
+    """The tile of BACKWARD_WINDOW cut down to a window of ``tokens``, None if it does not fit."""
+    tile = _fitting(BACKWARD_WINDOW, device, dtype, head_dim, True)
+    if tile is None or tokens > tile.block_m:
+        return None
+    block = max(16, next_power_of_2(tokens))
+    warps = max(1, tile.num_warps * block // tile.block_m)
+    return Tile(block, block, warps, tile.num_stages)

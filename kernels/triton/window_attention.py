@@ -23,8 +23,16 @@ import triton.language as tl
 from . import _attention as core
 from . import _cosine
 from ._attention import load_lse_delta, load_rows, score_grad_tile, term_tile, weight_tile
-from ._cosine import pair_scale, row_scale
+from ._cosine import (
+    inverse_norms,
+    pair_scale,
+    row_grad,
+    row_scale,
+    sum_products,
+    weigh_score_grad,
+)
 from ._primitives import (
+    LOG2E,
     AotSpec,
     Device,
     Launch,
@@ -42,12 +50,13 @@ from ._tiles import (
     Row,
     Tile,
     pick_tile,
+    pick_window_tile,
     ragged_tile,
     split_head_dim,
 )
 
 MASK = tl.constexpr(-100.0 * 1.4426950408889634)  # of regions, in the exp2 domain
-SLOT_BLOCK = 64  # slots folded at once
+SLOT_BLOCK = 16
 REDUCE_PARTS, REDUCE_SLOTS = 32, 64
 
 # ---- token map. args: height, width, heads, shifts, window (WH, WW), RAGGED, ROLL_FIRST
@@ -119,22 +128,35 @@ def _region(origin, i, limits, WW: tl.constexpr):
 
 
 @triton.jit
-def window_term(term_args, batch, head, origin, m, n, inside):
-    table_ptr, limits, WH, WW = term_args
-    LAST: tl.constexpr = WH * WW - 1
-    if inside is not None:
-        n = tl.minimum(n, LAST)
-    if limits is not None:
-        mask = tl.where(_region(origin, m, limits, WW) == _region(origin, n, limits, WW), 0.0, MASK)
-    if table_ptr is not None:
-        table_ptr += head * ((2 * WH - 1) * (2 * WW - 1))
-        bias = tl.load(table_ptr + (_slot(m, WW) + _slot(LAST, WW) - _slot(n, WW)))
-    if limits is None:
-        return bias
-    elif table_ptr is None:
-        return mask
+def table_term(term_args, head, m, n):
+    """The table's part of the term, the same in every window; None without a table."""
+    table_ptr, _, WH, WW = term_args
+    if table_ptr is None:
+        return None
     else:
-        return bias + mask
+        LAST: tl.constexpr = WH * WW - 1
+        n = tl.minimum(n, LAST)
+        table_ptr += head * ((2 * WH - 1) * (2 * WW - 1))
+        return tl.load(table_ptr + (_slot(m, WW) + _slot(LAST, WW) - _slot(n, WW)))
+
+
+@triton.jit
+def add_region_term(t, term_args, origin, m, n):
+    limits, WW = term_args[1], term_args[3]
+    if limits is None:
+        return t
+    else:
+        apart = _region(origin, m, limits, WW) != _region(origin, n, limits, WW)
+        mask = tl.where(apart, MASK, 0.0)
+        if t is None:
+            return mask
+        else:
+            return t + mask
+
+
+@triton.jit
+def window_term(term_args, batch, head, origin, m, n, inside):
+    return add_region_term(table_term(term_args, head, m, n), term_args, origin, m, n)
 
 
 # ---- gradient of the table
@@ -220,6 +242,90 @@ def window_dtable_kernel(
         acc += score_grad_tile(p, grad, v, delta[:, None], D1, PRECISION)
     partial_ptr += pid.to(tl.int64) * SLOTS
     fold_tile(acc, partial_ptr, first_m, first_n, WH, WW, SLOTS, SLOT_BLOCK, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def window_bwd_kernel(
+    q_ptr, k_ptr, v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, partial_ptr,
+    qkv_strides, grad_strides, out_strides, dqkv_strides, lse_strides,
+    scale, dscale,  # scale times log2(e), scale
+    map_args, term_args, windows,
+    chunk,  # windows of one program
+    TERM: tl.constexpr, FOLD: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, SLOT_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, pads=None, log_gain_ptr=None, dlog_gain_ptr=None, dpads_ptr=None,
+):  # fmt: skip
+    """All gradients of windows that are one tile, from one look at their rows: dq, dk and dv,
+    dlog_gain [windows, heads], dpads [windows, heads, 2, D], and unless partial is None the
+    gradient of the table as in window_dtable_kernel. The tile is transposed: rows are keys."""
+    heads, WH, WW = map_args[2], map_args[5], map_args[6]
+    S: tl.constexpr = WH * WW
+    COSINE: tl.constexpr = log_gain_ptr is not None
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    lo = tl.program_id(0) // heads * chunk
+    i = tl.arange(0, BLOCK)
+    inside = i < S
+    pad = core.pad_rows(pads, head, D)
+    n = i[:, None]
+    m = tl.minimum(i, S - 1)[None, :]
+    bias = None
+    if TERM:
+        bias = table_term(term_args, head, m, n)
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for window in tl.range(lo, tl.minimum(lo + chunk, windows), disable_licm=True):
+        batch, origin = find_window(map_args, window)
+        if TERM:
+            t = add_region_term(bias, term_args, origin, m, n)
+        else:
+            t = None
+        tokens = tokens_window(map_args, origin, i)
+        exists = core.existing(tokens, i, S, pads)
+        row = (batch * qkv_strides[0] + head * qkv_strides[1]) * UNIT
+        grad_row = grad_ptr + (batch * grad_strides[0] + head * grad_strides[1]) * UNIT
+        out_row = out_ptr + (batch * out_strides[0] + head * out_strides[1]) * UNIT
+        token = tokens * UNIT
+        q = load_rows(q_ptr + row, token, qkv_strides[2], exists, True, D, D0, D1)
+        k = load_rows(k_ptr + row, token, qkv_strides[2], inside, True, D, D0, D1, pad[0])
+        v = load_rows(v_ptr + row, token, qkv_strides[2], inside, True, D, D0, D1, pad[1])
+        grad = load_rows(grad_row, token, grad_strides[2], exists, True, D, D0, D1)
+        out = load_rows(out_row, token, out_strides[2], exists, True, D, D0, D1)
+        statistics = batch * lse_strides[0] + head * lse_strides[1] + tokens * lse_strides[2]
+        lse = tl.load(lse_ptr + statistics, mask=exists, other=float("inf")) * LOG2E
+        delta = sum_products(grad, out, D1)
+
+        k_scale = row_scale(k, head, scale, log_gain_ptr, D1)
+        factor, inverse = pair_scale(k_scale, q, D1, COSINE)
+        keep = inside[:, None]
+        p = weight_tile(k, q, lse[None, :], factor, t, keep, FOLD, True, D1, PRECISION)
+        ds = score_grad_tile(p, v, grad, delta[None, :], D1, PRECISION)
+        acc += ds
+        dv = core.add_weighted_rows(core.zero_rows(BLOCK, D0, D1), p, grad, D1, PRECISION)
+        w = weigh_score_grad(ds, inverse, q[0].dtype)
+        dk = core.add_weighted_rows(core.zero_rows(BLOCK, D0, D1), w, q, D1, PRECISION)
+        if COSINE:
+            w = weigh_score_grad(ds, inverse_norms(k, D1)[:, None], q[0].dtype)
+        w = tl.trans(w.to(q[0].dtype))
+        dq = core.add_weighted_rows(core.zero_rows(BLOCK, D0, D1), w, k, D1, PRECISION)
+        at_window = window * heads + head
+        if COSINE:
+            q_scale = row_scale(q, head, scale, log_gain_ptr, D1)
+            dq, along = row_grad(dq, q, q_scale, D1)
+            dk, beside = row_grad(dk, k, k_scale, D1)
+            tl.store(dlog_gain_ptr + at_window, tl.sum(along, 0))
+        else:
+            dq = core.scale_rows(dq, dscale, D1)
+            dk = core.scale_rows(dk, dscale, D1)
+        row = (batch * dqkv_strides[0] + head * dqkv_strides[1]) * UNIT
+        core.store_rows(dq_ptr + row, token, dqkv_strides[2], exists, dq, D, D0, D1)
+        core.store_rows(dk_ptr + row, token, dqkv_strides[2], exists, dk, D, D0, D1)
+        core.store_rows(dv_ptr + row, token, dqkv_strides[2], exists, dv, D, D0, D1)
+        if pads is not None:
+            dpad_ptr = dpads_ptr + at_window * 2 * D
+            core.store_row_sums(dpad_ptr, dk, inside & (tokens < 0), D, D0, D1)
+            core.store_row_sums(dpad_ptr + D, dv, inside & (tokens < 0), D, D0, D1)
+    if partial_ptr is not None:
+        partial_ptr += tl.program_id(0).to(tl.int64) * SLOTS
+        fold_tile(tl.trans(acc), partial_ptr, 0, 0, WH, WW, SLOTS, SLOT_BLOCK, BLOCK, BLOCK)
 
 
 @triton.jit
@@ -344,6 +450,10 @@ class _Call:
         n = self.tokens
         return pick_tile(table, self.device, self.qkv.dtype, self.head_dim, n, n, term)
 
+    def small_tile(self) -> Tile | None:
+        """The tile of a backward pass in one kernel, None if the window does not fit one."""
+        return pick_window_tile(self.device, self.qkv.dtype, self.head_dim, self.tokens)
+
     def programs(self, block: int) -> int:
         return self.windows * self.heads * cdiv(self.tokens, block)
 
@@ -453,6 +563,43 @@ def _row_launches(call: _Call, grad, lse, delta, dqkv, partials: _Partials) -> l
     return launches
 
 
+def _small_launches(call: _Call, tile: Tile, grad, out, lse, dqkv, dtable, partials):
+    """The whole backward pass where a window is one tile."""
+    block = tile.block_m
+    chunks = _chunks(call, call.heads)
+    chunk = cdiv(call.windows, chunks)
+    chunks = cdiv(call.windows, chunk)
+    slots = _tile_slots(call, block, block)
+    partial = None if dtable is None else lse.new_empty(chunks, call.heads, slots)
+    extra: dict[str, Any] = {}
+    if call.logit_scale is not None:
+        partials.dlog_gain = extra["dlog_gain_ptr"] = lse.new_empty(call.windows, call.heads, 1)
+    if call.ragged:
+        shape = (call.windows, call.heads, 1, 2, call.head_dim)
+        partials.dpads = extra["dpads_ptr"] = lse.new_empty(shape)
+    rows, drows = call.rows, call.split(dqkv)
+    unit, strides = call.strides(rows[0], call.by_head(grad), call.by_head(out), drows[0])
+    constants = {**call.constants, **call.extra, **extra, "FOLD": call.map["FOLD"]}
+    whole = Launch(
+        window_bwd_kernel,
+        (chunks * call.heads,),
+        (*rows, grad, out, lse, *drows, partial, *strides, _statistics(lse), call.scale_log2,
+         call.scale, call.map_args, call.term_args, call.windows, chunk),
+        {**constants, "TERM": call.term_args is not None, "UNIT": unit, "BLOCK": block, "SLOTS": slots, "SLOT_BLOCK": SLOT_BLOCK},
+        tile.num_warps,
+        tile.num_stages,
+    )  # fmt: skip
+    if dtable is None:
+        return [whole]
+    blocks = {"BLOCK_M": block, "BLOCK_N": block, "SLOTS": slots}
+    return [whole, _dtable_sum_launch(call, partial, dtable, chunks, blocks)]
+
+
+def _chunks(call: _Call, programs: int) -> int:
+    """Into how many parts to cut the windows, for every multiprocessor to be busy."""
+    return min(call.windows, cdiv(4 * call.device.units, programs))
+
+
 def _tile_slots(call: _Call, block_m: int, block_n: int) -> int:
     """Slots that a tile of the score matrix may touch: all dx, and a range of dy."""
     wh, ww = call.window
@@ -465,7 +612,7 @@ def _dtable_launches(call: _Call, grad, lse, delta, dtable) -> list[Launch]:
     q, k, v = call.rows
     unit, strides = call.strides(q, k, v, call.by_head(grad))
     tiles = cdiv(call.tokens, tile.block_m) * cdiv(call.tokens, tile.block_n)
-    chunks = min(call.windows, cdiv(2 * call.device.units, tiles * call.heads))
+    chunks = _chunks(call, tiles * call.heads)
     chunk = cdiv(call.windows, chunks)
     chunks = cdiv(call.windows, chunk)
     slots = _tile_slots(call, tile.block_m, tile.block_n)
@@ -530,13 +677,16 @@ def plan_backward(call: _Call, grad, out, lse):
     grad = _one_token_axis(grad if grad.stride(-1) == 1 else grad.contiguous())
     lse = lse.contiguous()
     dqkv = torch.empty(call.qkv.shape, dtype=call.qkv.dtype, device=call.qkv.device)
-    delta = torch.empty_like(lse)
+    dtable = None if call.bias_table is None else torch.empty_like(call.bias_table)
     partials = _Partials()
+    tile = call.small_tile()
+    if tile is not None:
+        launches = _small_launches(call, tile, grad, out, lse, dqkv, dtable, partials)
+        return dqkv, dtable, partials, launches
+    delta = torch.empty_like(lse)
     launches = [_delta_launch(call, grad, out, lse, delta)]
     launches += _row_launches(call, grad, lse, delta, dqkv, partials)
-    dtable = None
-    if call.bias_table is not None:
-        dtable = torch.empty_like(call.bias_table)
+    if dtable is not None:
         launches += _dtable_launches(call, grad, lse, delta, dtable)
     return dqkv, dtable, partials, launches
 
