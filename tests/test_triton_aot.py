@@ -17,7 +17,14 @@ import pytest
 pytest.importorskip("triton")
 
 # Calls compiled here; `python -m vitkit.kernels._aot` compiles all on all architectures.
-CALLS = ("siglip_head_dim_72", "beit_learned_bias", "unet_64px_nhwc", "vae_512px")
+CALLS = (
+    "siglip_head_dim_72",
+    "beit_learned_bias",
+    "swin_t_window_7",
+    "swin_v2_window_16",
+    "unet_64px_nhwc",
+    "vae_512px",
+)
 ARCHITECTURES = ("sm80", "sm90", "sm100", "hip")
 # Bytes of shared memory (LDS) of one block: CUDA C++ programming guide, compute capabilities;
 # AMD CDNA 3 ISA.
@@ -51,14 +58,16 @@ def test_machine_code(rows):
         assert row["hot_spills"] == 0, f"{name}: spills in an inner loop"
         assert row["spills"] <= 16, f"{name}: {row['spills']} spills"
         assert (row["matmul"] > 0) == row["expects_matmul"], f"{name}: matrix instructions"
-        # Rows of a [197, 197] bias begin at odd addresses: two bytes a load.
-        narrow = row["spec"] == "beit_learned_bias" or not row["expects_matmul"]
+        # Rows of a [197, 197] bias begin at odd addresses: two bytes a load. A window's table is
+        # gathered: four.
+        terms = ("beit_learned_bias", "swin_t_window_7", "swin_v2_window_16")
+        narrow = row["spec"] in terms or not row["expects_matmul"]
         assert narrow or row["wide"] * 2 >= row["loads"], (
             f"{name}: {row['wide']} of {row['loads']} loads are 8 bytes and more"
         )
 
 
-def test_every_kernel_of_both_ops_is_compiled(rows):
+def test_every_kernel_is_compiled(rows):
     _, found = rows
     kernels = {row["kernel"] for row in found}
     assert {
@@ -67,8 +76,19 @@ def test_every_kernel_of_both_ops_is_compiled(rows):
         "attention_bwd_dq_kernel",
         "attention_bwd_dkv_kernel",
         "attention_dbias_kernel",
+        "window_bwd_kernel",
+        "window_dtable_kernel",
+        "window_dtable_sum_kernel",
     } <= kernels
-    assert len([k for k in kernels if not k.startswith("attention")]) >= 4, kernels
+    assert len([k for k in kernels if k.startswith("group_norm")]) >= 4, kernels
+
+
+def attention_tables():
+    from vitkit.kernels import _tiles as tiles
+
+    dense = (tiles.FORWARD, tiles.BACKWARD_DQ, tiles.BACKWARD_DKV, tiles.BACKWARD_DBIAS)
+    windows = (tiles.WINDOW_FORWARD, tiles.WINDOW_DQ, tiles.WINDOW_DKV, tiles.WINDOW_DTABLE)
+    return dense + windows
 
 
 def test_every_head_dim_has_a_tile_on_every_architecture():
@@ -76,7 +96,7 @@ def test_every_head_dim_has_a_tile_on_every_architecture():
     from vitkit.kernels import _tiles as tiles
     from vitkit.kernels._primitives import Device
 
-    tables = (tiles.FORWARD, tiles.BACKWARD_DQ, tiles.BACKWARD_DKV, tiles.BACKWARD_DBIAS)
+    tables = attention_tables()
     for arch in ("sm80", "sm86", "sm90", "sm100", "hip"):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for head_dim in range(8, 257, 8):
@@ -92,6 +112,6 @@ def test_every_head_dim_has_a_tile_on_every_architecture():
 def test_rows_give_reasons():
     from vitkit.kernels import _tiles as tiles
 
-    for table in (tiles.FORWARD, tiles.BACKWARD_DQ, tiles.BACKWARD_DKV, tiles.BACKWARD_DBIAS):
+    for table in (*attention_tables(), tiles.WINDOW_BACKWARD):
         for row in table:
             assert len(row.reason) > 12, row

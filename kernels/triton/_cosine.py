@@ -37,8 +37,9 @@ def row_scale(x, head, scale, log_gain_ptr, D1: tl.constexpr):
     if log_gain_ptr is None:
         return scale
     else:
-        gain = tl.exp(tl.minimum(tl.load(log_gain_ptr + head), MAX_LOG_GAIN)) * LOG2E
-        return gain * inverse_norms(x, D1)
+        log_gain = tl.load(log_gain_ptr + head)
+        log_gain = tl.where(log_gain > MAX_LOG_GAIN, MAX_LOG_GAIN, log_gain)  # NaN stays one
+        return tl.exp(log_gain) * LOG2E * inverse_norms(x, D1)
 
 
 @triton.jit

@@ -128,13 +128,40 @@ BACKWARD_DBIAS: tuple[Row, ...] = (
     Row("hip", 4, 80, Tile(64, 32, 8, 1), "222 to 236 registers: 2 waves a SIMD"),
     Row("hip", 4, 256, Tile(32, 32, 4, 1), "316 to 491 registers; 8 warps: 15 hot spills"),
 )
-# All gradients of a window in one kernel; block_m = block_n holds the window.
-BACKWARD_WINDOW: tuple[Row, ...] = (
-    Row("cpu", 4, 256, Tile(64, 64, 4, 1), "interpreter"),
-    Row("sm80 sm86 sm90 sm100 hip", 2, 64, Tile(64, 64, 4, 1), "TODO"),
-    Row("sm80 sm86 sm90 sm100 hip", 4, 32, Tile(64, 64, 4, 1), "TODO"),
-)
 DELTA = Tile(32, 0, 4, 1)  # one pass over two tensors: 128 threads times 16 bytes and more
+
+# Windows: the term is gathered from the table, one load an element, which takes more registers
+# than a plane does; and 64 rows leave less of a window's last tile idle than 128 (a window of 144:
+# 3 tiles, not 2 of which the second has 16 rows). Every published head dim is at most 64; larger
+# ones take the tiles above.
+INTERPRETER_WINDOW = Row("cpu", 4, 256, Tile(64, 64, 4, 1), "interpreter: windows of 81 and more")
+WINDOW_FORWARD: tuple[Row, ...] = (
+    INTERPRETER_WINDOW,
+    Row(f"{NVIDIA} hip", 2, 64, Tile(64, 64, 4, 2), "TODO"),
+    *FORWARD,
+)
+WINDOW_DQ: tuple[Row, ...] = (
+    INTERPRETER_WINDOW,
+    Row(f"{NVIDIA} hip", 2, 64, Tile(64, 64, 4, 2), "TODO"),
+    *BACKWARD_DQ,
+)
+WINDOW_DKV: tuple[Row, ...] = (
+    INTERPRETER_WINDOW,
+    Row(f"{NVIDIA} hip", 2, 64, Tile(32, 64, 4, 2), "TODO"),
+    *BACKWARD_DKV,
+)
+WINDOW_DTABLE: tuple[Row, ...] = (
+    INTERPRETER_WINDOW,
+    Row(f"{NVIDIA} hip", 2, 64, Tile(64, 64, 8, 2), "TODO"),
+    *BACKWARD_DBIAS,
+)
+# The whole backward pass of a window that fits: block_m = block_n. Other head dims take the four
+# kernels above.
+WINDOW_BACKWARD: tuple[Row, ...] = (
+    INTERPRETER_WINDOW,
+    Row(NVIDIA, 2, 32, Tile(64, 64, 8, 1), "TODO"),
+    Row("hip", 2, 32, Tile(64, 64, 4, 1), "TODO"),
+)
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
@@ -193,8 +220,8 @@ def pick_tile(
 
 
 def pick_window_tile(device: Device, dtype: torch.dtype, head_dim: int, tokens: int) -> Tile | None:
-    """The tile of BACKWARD_WINDOW cut down to a window of ``tokens``, None if it does not fit."""
-    tile = _fitting(BACKWARD_WINDOW, device, dtype, head_dim, True)
+    """The tile of WINDOW_BACKWARD cut down to a window of ``tokens``, None if it does not fit."""
+    tile = _fitting(WINDOW_BACKWARD, device, dtype, head_dim, True)
     if tile is None or tokens > tile.block_m:
         return None
     block = max(16, next_power_of_2(tokens))

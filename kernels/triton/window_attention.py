@@ -1,12 +1,13 @@
-"""window_attention: a window token map and a relative-position term over the attention core.
-
-A sequence is a window; its tokens are found in the map by arithmetic, and so are the table slot and
-the region of each pair of them. Places without a token are pads (see ``_attention.py``).
+"""window_attention: the window map and term of ``_window.py`` over the attention core.
 
 The gradient of the table is a sum over windows and then along diagonals of the score matrix. A
 program owns one tile of that matrix and a chunk of the windows: it sums ds over its windows in
-registers and folds the sum onto the slots once, by a gather. Partial sums are [programs, slots of a
-tile], and are added up in a fixed order: no atomics, no [S, S] matrix in memory.
+registers and folds the sum onto the slots once. Partial sums are [programs, slots of a tile], added
+up in a fixed order: no atomics, no [S, S] matrix in memory.
+
+A window that fits one tile has its whole backward pass in one kernel. The rows are then read once
+(the core's kernels for delta, dk and dv, and dq, and that of the table would read them three times
+over), the scores are computed once, and the table's tile is gathered once for a chunk of windows.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ from ._primitives import (
     run,
 )
 from ._tiles import (
-    BACKWARD_DBIAS,
-    BACKWARD_DKV,
-    BACKWARD_DQ,
     DELTA,
-    FORWARD,
+    WINDOW_DKV,
+    WINDOW_DQ,
+    WINDOW_DTABLE,
+    WINDOW_FORWARD,
     Row,
     Tile,
     pick_tile,
@@ -54,140 +55,19 @@ from ._tiles import (
     ragged_tile,
     split_head_dim,
 )
+from ._window import (
+    add_region_term,
+    find_window,
+    fold_tile,
+    locate_window,
+    table_term,
+    tokens_window,
+    window_dtable_sum_kernel,
+    window_term,
+)
 
-MASK = tl.constexpr(-100.0 * 1.4426950408889634)  # of regions, in the exp2 domain
-SLOT_BLOCK = 16
+SLOT_BLOCK = 16  # slots folded at once: with 64, the backward pass of small windows spills
 REDUCE_PARTS, REDUCE_SLOTS = 32, 64
-
-# ---- token map. args: height, width, heads, shifts, window (WH, WW), RAGGED, ROLL_FIRST
-
-
-@triton.jit
-def find_window(map_args, window):
-    """(batch, (y, x) of the window's first place in the shifted grid)"""
-    height, width, _, _, _, WH, WW, _, _ = map_args
-    rows = tl.cdiv(height, WH)
-    columns = tl.cdiv(width, WW)
-    origin = (window // columns % rows * WH, window % columns * WW)
-    return (window // columns // rows).to(tl.int64), origin
-
-
-@triton.jit
-def locate_window(map_args, pid, KEYS: tl.constexpr, BLOCK: tl.constexpr):
-    """Heads of a window are neighbours: their rows share cache lines."""
-    heads, WH, WW = map_args[2], map_args[5], map_args[6]
-    TILES: tl.constexpr = (WH * WW + BLOCK - 1) // BLOCK
-    batch, origin = find_window(map_args, pid // TILES // heads)
-    head = (pid // TILES % heads).to(tl.int64)
-    return batch, head, pid % TILES * BLOCK, origin, WH * WW, origin, WH * WW
-
-
-@triton.jit
-def _source(
-    place, size, shift, WINDOW: tl.constexpr, RAGGED: tl.constexpr, ROLL_FIRST: tl.constexpr
-):
-    """Token at a place of the shifted grid along one axis, -1 at a pad."""
-    if not RAGGED:
-        source = place + shift
-        return tl.where(source >= size, source - size, source)
-    elif ROLL_FIRST:
-        return tl.where(place < size, (place + shift) % size, -1)
-    else:
-        places = tl.cdiv(size, WINDOW) * WINDOW
-        source = place + shift
-        source = tl.where(source >= places, source - places, source)
-        return tl.where(source < size, source, -1)
-
-
-@triton.jit
-def tokens_window(map_args, origin, i):
-    height, width, _, shift_y, shift_x, WH, WW, RAGGED, ROLL_FIRST = map_args
-    y = _source(origin[0] + i // WW, height, shift_y, WH, RAGGED, ROLL_FIRST)
-    x = _source(origin[1] + i % WW, width, shift_x, WW, RAGGED, ROLL_FIRST)
-    token = y.to(tl.int64) * width + x
-    if RAGGED:
-        token = tl.where((y < 0) | (x < 0), -1, token)
-    return token
-
-
-# ---- score term. args: table [heads, slots] times log2(e) or None, first row and column of the
-# grid that the shift has brought there (None: no shift), window
-
-
-@triton.jit
-def _slot(i, WW: tl.constexpr):
-    """The slot of places i and j is _slot(i) - _slot(j) + that of the last place."""
-    return i // WW * (2 * WW - 1) + i % WW
-
-
-@triton.jit
-def _region(origin, i, limits, WW: tl.constexpr):
-    moved_y = origin[0] + i // WW >= limits[0]
-    moved_x = origin[1] + i % WW >= limits[1]
-    return moved_y.to(tl.int32) * 2 + moved_x.to(tl.int32)
-
-
-@triton.jit
-def table_term(term_args, head, m, n):
-    """The table's part of the term, the same in every window; None without a table."""
-    table_ptr, _, WH, WW = term_args
-    if table_ptr is None:
-        return None
-    else:
-        LAST: tl.constexpr = WH * WW - 1
-        n = tl.minimum(n, LAST)
-        table_ptr += head * ((2 * WH - 1) * (2 * WW - 1))
-        return tl.load(table_ptr + (_slot(m, WW) + _slot(LAST, WW) - _slot(n, WW)))
-
-
-@triton.jit
-def add_region_term(t, term_args, origin, m, n):
-    limits, WW = term_args[1], term_args[3]
-    if limits is None:
-        return t
-    else:
-        apart = _region(origin, m, limits, WW) != _region(origin, n, limits, WW)
-        mask = tl.where(apart, MASK, 0.0)
-        if t is None:
-            return mask
-        else:
-            return t + mask
-
-
-@triton.jit
-def window_term(term_args, batch, head, origin, m, n, inside):
-    return add_region_term(table_term(term_args, head, m, n), term_args, origin, m, n)
-
-
-# ---- gradient of the table
-
-
-@triton.jit
-def first_slot_row(
-    first_m, first_n, S: tl.constexpr, WH: tl.constexpr, WW: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Smallest dy + wh - 1 in the tile at (first_m, first_n): its slots are a range from there."""
-    return first_m // WW - (tl.minimum(first_n + BLOCK_N, S) - 1) // WW + WH - 1
-
-
-@triton.jit
-def fold_tile(
-    acc, partial_ptr, first_m, first_n, WH: tl.constexpr, WW: tl.constexpr, SLOTS: tl.constexpr,
-    SLOT_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Sums of the tile over each relative position: [SLOTS] from that of first_slot_row on. Of
-    every row, at most one key is at a given position."""
-    lowest = first_slot_row(first_m, first_n, WH * WW, WH, WW, BLOCK_N)
-    m = first_m + tl.arange(0, BLOCK_M)[:, None]
-    for start in tl.range(0, SLOTS, SLOT_BLOCK):
-        slot = start + tl.arange(0, SLOT_BLOCK)
-        dy = lowest - (WH - 1) + slot // (2 * WW - 1)
-        dx = slot % (2 * WW - 1) - (WW - 1)
-        x = m % WW - dx[None, :]
-        n = (m // WW - dy[None, :]) * WW + x - first_n
-        there = (x >= 0) & (x < WW) & (n >= 0) & (n < BLOCK_N)
-        found = tl.where(there, tl.gather(acc, tl.where(there, n, 0), 1), 0.0)
-        tl.store(partial_ptr + slot, tl.sum(found, 0), mask=slot < SLOTS)
 
 
 @triton.jit
@@ -251,7 +131,7 @@ def window_bwd_kernel(
     scale, dscale,  # scale times log2(e), scale
     map_args, term_args, windows,
     chunk,  # windows of one program
-    TERM: tl.constexpr, FOLD: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    FOLD: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     UNIT: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, SLOT_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr, pads=None, log_gain_ptr=None, dlog_gain_ptr=None, dpads_ptr=None,
 ):  # fmt: skip
@@ -269,12 +149,13 @@ def window_bwd_kernel(
     n = i[:, None]
     m = tl.minimum(i, S - 1)[None, :]
     bias = None
-    if TERM:
+    if term_args is not None:
         bias = table_term(term_args, head, m, n)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    # Hoisted, the arithmetic on (y, x) is held in registers by every layout: 20 spills.
     for window in tl.range(lo, tl.minimum(lo + chunk, windows), disable_licm=True):
         batch, origin = find_window(map_args, window)
-        if TERM:
+        if term_args is not None:
             t = add_region_term(bias, term_args, origin, m, n)
         else:
             t = None
@@ -326,34 +207,6 @@ def window_bwd_kernel(
     if partial_ptr is not None:
         partial_ptr += tl.program_id(0).to(tl.int64) * SLOTS
         fold_tile(tl.trans(acc), partial_ptr, 0, 0, WH, WW, SLOTS, SLOT_BLOCK, BLOCK, BLOCK)
-
-
-@triton.jit
-def window_dtable_sum_kernel(
-    partial_ptr, dtable_ptr, heads, parts,
-    WH: tl.constexpr, WW: tl.constexpr, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PARTS: tl.constexpr, SLOT_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dtable [slots, heads]: the partial sums of one head, added in their order."""
-    S: tl.constexpr = WH * WW
-    TILES_M: tl.constexpr = (S + BLOCK_M - 1) // BLOCK_M
-    TILES_N: tl.constexpr = (S + BLOCK_N - 1) // BLOCK_N
-    ALL: tl.constexpr = (2 * WH - 1) * (2 * WW - 1)
-    head = tl.program_id(1)
-    slot = tl.program_id(0) * SLOT_BLOCK + tl.arange(0, SLOT_BLOCK)
-    acc = tl.zeros([SLOT_BLOCK], tl.float32)
-    for start in tl.range(0, parts, PARTS):
-        part = start + tl.arange(0, PARTS)
-        tile = part % (TILES_M * TILES_N)
-        chunk = part // (TILES_M * TILES_N)
-        lowest = first_slot_row(
-            tile // TILES_N * BLOCK_M, tile % TILES_N * BLOCK_N, S, WH, WW, BLOCK_N
-        )
-        here = slot[None, :] - (lowest * (2 * WW - 1))[:, None]
-        row = (chunk.to(tl.int64) * heads + head) * (TILES_M * TILES_N) + tile
-        mask = (part < parts)[:, None] & (here >= 0) & (here < SLOTS)
-        acc += tl.sum(tl.load(partial_ptr + row[:, None] * SLOTS + here, mask=mask, other=0.0), 0)
-    tl.store(dtable_ptr + slot * heads + head, acc, mask=slot < ALL)
 
 
 # ---- launchers
@@ -488,7 +341,7 @@ def plan_forward(qkv, *arguments):
     if out.numel() == 0:
         return out, lse, []
     call = _Call(qkv, *arguments)
-    tile = call.tile(FORWARD)
+    tile = call.tile(WINDOW_FORWARD)
     unit, strides = call.strides(*call.rows, call.by_head(out))
     launch = Launch(
         core.attention_fwd_kernel,
@@ -536,8 +389,8 @@ def _row_launches(call: _Call, grad, lse, delta, dqkv, partials: _Partials) -> l
     shared = (*strides[:4], _statistics(lse))
     launches = []
     for kernel, table, outputs in (
-        (core.attention_bwd_dkv_kernel, BACKWARD_DKV, (dk, dv)),
-        (core.attention_bwd_dq_kernel, BACKWARD_DQ, (dq,)),
+        (core.attention_bwd_dkv_kernel, WINDOW_DKV, (dk, dv)),
+        (core.attention_bwd_dq_kernel, WINDOW_DQ, (dq,)),
     ):
         tile = call.tile(table)
         own, loop = (tile.block_n, tile.block_m) if len(outputs) == 2 else tile[:2]
@@ -580,12 +433,13 @@ def _small_launches(call: _Call, tile: Tile, grad, out, lse, dqkv, dtable, parti
     rows, drows = call.rows, call.split(dqkv)
     unit, strides = call.strides(rows[0], call.by_head(grad), call.by_head(out), drows[0])
     constants = {**call.constants, **call.extra, **extra, "FOLD": call.map["FOLD"]}
+    del constants["TERM"]
     whole = Launch(
         window_bwd_kernel,
         (chunks * call.heads,),
         (*rows, grad, out, lse, *drows, partial, *strides, _statistics(lse), call.scale_log2,
          call.scale, call.map_args, call.term_args, call.windows, chunk),
-        {**constants, "TERM": call.term_args is not None, "UNIT": unit, "BLOCK": block, "SLOTS": slots, "SLOT_BLOCK": SLOT_BLOCK},
+        {**constants, "UNIT": unit, "BLOCK": block, "SLOTS": slots, "SLOT_BLOCK": SLOT_BLOCK},
         tile.num_warps,
         tile.num_stages,
     )  # fmt: skip
@@ -608,7 +462,7 @@ def _tile_slots(call: _Call, block_m: int, block_n: int) -> int:
 
 
 def _dtable_launches(call: _Call, grad, lse, delta, dtable) -> list[Launch]:
-    tile = call.tile(BACKWARD_DBIAS)
+    tile = call.tile(WINDOW_DTABLE)
     q, k, v = call.rows
     unit, strides = call.strides(q, k, v, call.by_head(grad))
     tiles = cdiv(call.tokens, tile.block_m) * cdiv(call.tokens, tile.block_n)
@@ -663,8 +517,8 @@ def backward(
     none = qkv.new_empty(0)
     dlogit_scale = dpad = none
     if logit_scale is not None:
-        below = logit_scale <= _cosine.MAX_LOG_GAIN.value
-        dlogit_scale = torch.where(below, partials.dlog_gain.sum((0, 2)), 0.0)
+        clamped = logit_scale > _cosine.MAX_LOG_GAIN.value
+        dlogit_scale = torch.where(clamped, 0.0, partials.dlog_gain.sum((0, 2)))
     if pad_value is not None:
         dpad = torch.zeros_like(pad_value)
         if partials.dpads is not None:  # pads have no query, and so no gradient of it
