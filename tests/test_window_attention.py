@@ -17,6 +17,7 @@ from vitkit.ops.window_attention import reference
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 PADDINGS = ("pad_then_roll", "roll_then_pad")
+SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @pytest.fixture(params=["native", "triton", "reference"])
@@ -129,8 +130,9 @@ def check(tensors, backend, window, shift=(0, 0), padding="pad_then_roll", scale
     present = [n for n, t in zip(names, tensors, strict=True) if t is not None]
     rows = qkv[..., 0, 0, 0].numel()
     for name, a, e, x in zip(present, got[1], yardstick[1], want[1], strict=True):
-        if x is None or (name == "pad_value" and not x.abs().max() > 0):
-            assert a is None or not a.any()
+        # Where every pair with a place without a token is masked, exp(-100) is what is left of it.
+        if x is None or (name == "pad_value" and x.abs().max() < SMALLEST):
+            assert a is None or a.double().abs().max() < SMALLEST
             continue
         e = torch.zeros_like(a) if e is None else e
         more = 1 if name == "qkv" else rows
@@ -204,9 +206,9 @@ def test_zero_rows_have_a_direction_of_zero(device, backend, dtype):
         backend=backend,
     )  # fmt: skip
     (grad,) = torch.autograd.grad(out.float().sum(), qkv)
-    # The slope of x / max(|x|, 1e-12) at 0 is 1e12, which float16 has not.
     assert out.isfinite().all() and not grad.isnan().any()
-    assert grad.isfinite().all() or dtype == torch.float16
+    grad[:, 1, 2, :2] = 0  # divided by the smallest norm, 1e-12: infinity in float16
+    assert grad.isfinite().all()
     exact = reference(qkv.double(), table, logit_scale, None, (4, 4), (2, 2), 1.0, False)[0]
     assert_parity("out", out, exact.to(dtype), exact, dtype=dtype, terms=16 * 16)
 
