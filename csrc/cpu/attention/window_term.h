@@ -33,7 +33,7 @@ struct CosineFactors {
 
   template <typename Map>
   void set(const Map& map, float logit_scale, int64_t head_dim) const {
-    const float gain = __builtin_expf(logit_scale < kMaxLogitScale ? logit_scale : kMaxLogitScale);
+    const float gain = __builtin_expf(logit_scale > kMaxLogitScale ? kMaxLogitScale : logit_scale);
     const auto inverse = [&](float x) { return 1.f / (x < kMinNorm ? kMinNorm : x); };
     for (int64_t i = 0; i < map.nq; ++i) q[i] = gain * inverse(length(map.q_row(i), head_dim));
     for (int64_t j = 0; j < map.nk; ++j) k[j] = inverse(length(map.k_row(j), head_dim));
