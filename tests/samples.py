@@ -85,7 +85,38 @@ def _group_norm(
     return make
 
 
+def _window(height=5, width=7, window=(3, 3), cosine=False, **options):
+    def make(device, dtype):
+        torch.manual_seed(0)
+        places = (2 * window[0] - 1) * (2 * window[1] - 1)
+        tensors = {
+            "qkv": _randn(device, dtype, 2, height, width, 3, 2, 8),
+            "bias_table": _randn(device, dtype, places, 2),
+            "pad_value": _randn(device, dtype, 3, 2, 8),
+        }
+        if cosine:
+            tensors["logit_scale"] = _randn(device, dtype, 2) * 0.1 + 2.0
+        return tensors, {"window_size": window, **options}
+
+    return make
+
+
+def _dilated(**options):
+    def make(device, dtype):
+        torch.manual_seed(0)
+        tensors = {n: _randn(device, dtype, 2, 11, 3, 8) for n in "qkv"}
+        return tensors, {"segment_lengths": [4, 7], "dilation_ratios": [1, 2], **options}
+
+    return make
+
+
 SAMPLES = [
+    Sample("dilated_attention", "zeros_attended", _dilated()),
+    Sample(
+        "dilated_attention",
+        "causal_with_lse",
+        _dilated(causal=True, alignment="torchscale", return_lse=True),
+    ),
     Sample("flash_attention", "cross_attention", _attention()),
     Sample("flash_attention", "shared_bias", _attention(bias=(1, 2, 5, 7))),
     Sample("flash_attention", "bool_mask", _attention(bias="mask", scale=0.5)),
@@ -98,4 +129,6 @@ SAMPLES = [
     Sample("group_norm_silu", "modulated", _group_norm(modulated=True)),
     Sample("group_norm_silu", "channels_last", _group_norm(channels_last=True, modulated=True)),
     Sample("group_norm_silu", "volume", _group_norm(shape=(1, 4, 2, 3, 2), groups=2)),
+    Sample("window_attention", "shifted", _window(shift_size=(1, 2))),
+    Sample("window_attention", "cosine", _window(cosine=True, padding="roll_then_pad")),
 ]

@@ -166,6 +166,8 @@ def test_gradgrad_through_the_reference(sample, device):
 
 @every_sample
 def test_gradcheck_of_the_reference(sample, device):
+    if sample.op == "dilated_attention":
+        pytest.skip("its weights are detached: test_weights_are_detached checks the gradient")
     function, values = sample.differentiable(device, torch.float64)
     leaves = [v.requires_grad_() for v in values]
     torch.autograd.gradcheck(lambda *v: function(*v, backend="reference"), leaves, fast_mode=True)
@@ -184,7 +186,7 @@ def test_autocast(sample, device, dtype):
     with torch.autocast(device, dtype=dtype):
         outputs = function(*leaves)
         out = outputs[0] if isinstance(outputs, tuple) else outputs
-        if sample.op == "flash_attention":
+        if sample.op.endswith("attention"):
             t = torch.zeros(1, 1, 1, 8, device=device)
             expected = torch.nn.functional.scaled_dot_product_attention(t, t, t).dtype
         else:
@@ -235,7 +237,7 @@ def test_flops_are_counted(sample, device):
         function(*values, backend=device)
     with FlopCounterMode(display=False) as both:
         loss(function(*(v.clone().requires_grad_() for v in values), backend=device)).backward()
-    factor = 3.5 if sample.op == "flash_attention" else 3
+    factor = 3.5 if sample.op.endswith("attention") else 3
     assert forward.get_total_flops() > 0
     assert both.get_total_flops() == factor * forward.get_total_flops()
 

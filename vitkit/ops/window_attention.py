@@ -120,8 +120,8 @@ def reference(
     place = torch.empty(h * w + 1, dtype=torch.long, device=qkv.device)
     place[token.flatten()] = torch.arange(token.numel(), device=qkv.device)
     place = place[: h * w]
-    out = out.reshape(b, -1, heads * d)[:, place].reshape(b, h, w, heads * d)
-    lse = lse.reshape(b, -1, heads)[:, place].reshape(b, h, w, heads)
+    out = out.reshape(b, token.numel(), heads * d)[:, place].reshape(b, h, w, heads * d)
+    lse = lse.reshape(b, token.numel(), heads)[:, place].reshape(b, h, w, heads)
     return out.to(qkv.dtype), lse
 
 

@@ -211,7 +211,8 @@ class AmxGradient {
   static constexpr int64_t kRowTiles = kBlockRows / kTile;
   static constexpr int64_t kStripSums = 2 * kTileSums;
 
-  void write(f32v x, int64_t s, bf16* row) const {
+  template <typename Gradient>
+  void write(f32v x, int64_t s, Gradient* row) const {
     store_partial(row + s * kTile, x, int(smaller(kTile, head_dim_ - s * kTile)));
   }
 
@@ -302,11 +303,15 @@ class AmxGradient {
   }
 
   template <typename Sink>
-  static void give(const Sink& sink, int64_t i, int64_t j, int64_t n, const f32v* ds) {
+  static void give(const Sink& sink, int64_t i, int64_t j, int64_t n, f32v* ds) {
     float row[kTileK];
     store(row, ds[0]);
     store(row + kTile, ds[1]);
     sink.add(i, j, n, row);
+    if constexpr (Sink::kChanges) {
+      ds[0] = load(row);
+      ds[1] = load(row + kTile);
+    }
   }
 
   // (transposed sums of strip t) += left * right, over the rows of the block
