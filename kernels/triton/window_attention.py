@@ -66,7 +66,7 @@ from ._window import (
     window_term,
 )
 
-SLOT_BLOCK = 16  # slots folded at once: with 64, the backward pass of small windows spills
+SLOT_BLOCK = 64  # slots folded at once
 REDUCE_PARTS, REDUCE_SLOTS = 32, 64
 
 
