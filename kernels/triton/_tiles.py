@@ -9,11 +9,11 @@ between the rows (72 is held as 64 + 16) take the next larger one.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from ._primitives import Device, next_power_of_2
+from ._primitives import Device, largest_power_of_2, next_power_of_2
 
 
 class Tile(NamedTuple):
@@ -159,3 +159,29 @@ def pick_tile(
     block_n = min(tile.block_n, max(16, next_power_of_2(n_k)))
     share = max(tile.block_m // block_m, 1)
     return Tile(block_m, block_n, max(1, tile.num_warps // share), tile.num_stages)
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """Power-of-two blocks (D0, D1) covering ``head_dim``, each 0 or at least the 16 that a matrix
+    instruction contracts; one block where two would not be smaller. None is wider than 128: on
+    sm80 a product with more columns than rows is split by columns, and then each row of the softmax
+    is spread over all warps. Beside 128 columns the second block has 64 or 128: with 32, every tile
+    of the key gradient spills."""
+    whole = max(16, next_power_of_2(head_dim))
+    main = min(128, max(16, largest_power_of_2(head_dim)))
+    tail = max(64 if main == 128 else 16, next_power_of_2(head_dim - main))
+    one = main >= head_dim or (main + tail >= whole and whole <= 128)
+    return (whole, 0) if one else (main, tail)
+
+
+def head_constants(q: torch.Tensor, device: Device) -> dict[str, Any]:
+    """The constants of the attention kernels that follow from the head dim and the dtype."""
+    blocks = split_head_dim(q.shape[-1])
+    fp32 = q.dtype == torch.float32
+    tf32 = fp32 and torch.backends.cuda.matmul.allow_tf32 and device.arch.startswith("sm")
+    return {
+        "D": q.shape[-1],
+        "D0": blocks[0],
+        "D1": blocks[1],
+        "PRECISION": "tf32" if tf32 else "ieee",
+    }
