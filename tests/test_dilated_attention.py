@@ -130,6 +130,13 @@ def test_branches(device, backend, name, causal, torchscale):
     check(make(device, torch.float32), backend, *BRANCHES[name], causal, torchscale)
 
 
+@pytest.mark.parametrize("torchscale", [False, True], ids=["segment", "torchscale"])
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+def test_segments_longer_than_a_tile(device, backend, causal, torchscale):
+    tensors = make(device, torch.float32, n=180)
+    check(tensors, backend, [75, 110], [1, 3], causal, torchscale)
+
+
 @every_dtype
 @pytest.mark.parametrize("head_dim", [8, 16, 24, 48, 64, 96], ids=lambda d: f"head_dim_{d}")
 def test_head_dims(device, backend, dtype, head_dim):
