@@ -22,6 +22,7 @@ CALLS = (
     "beit_learned_bias",
     "swin_t_window_7",
     "swin_v2_window_16",
+    "gigapath_10k",
     "unet_64px_nhwc",
     "vae_512px",
 )
@@ -107,6 +108,55 @@ def test_every_head_dim_has_a_tile_on_every_architecture():
                         assert tile.block_m >= 16 and tile.block_n >= 16
     with pytest.raises(NotImplementedError, match="no tile for head dim 264"):
         tiles.pick_tile(tiles.FORWARD, Device.typical("sm90"), torch.float16, 264, 1, 1, False)
+
+
+ONE_COMPILATION = """
+from vitkit.kernels import _aot, dilated_attention
+from vitkit.kernels._primitives import Device
+seen = {}
+for n in (1000, 1024, 4097, 10000, 16001, 65536, 200000):
+    device = Device.typical("sm90")
+    for launches in dilated_attention.plan_call(n, dilated_attention.GIGAPATH, False, device):
+        for launch in launches:
+            key = (launch.kernel.__name__, launch.constants.get("ADD"))
+            seen.setdefault(key, set()).add(_aot.source_of(launch, "sm90")[0].hash())
+for (name, _), variants in seen.items():
+    print(name, len(variants))
+"""
+
+
+def test_dilated_attention_is_compiled_once_for_slides_of_all_sizes():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", ONE_COMPILATION]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    variants = dict(line.split() for line in done.stdout.splitlines())
+    assert len(variants) == 5
+    for name, count in variants.items():
+        # lse [B, H, N] of the op itself has rows that begin at multiples of 16 elements or not.
+        assert int(count) <= (2 if name.startswith("dilated") else 1), (name, count)
+
+
+def test_dilated_attention_gathers_nothing():
+    """Beside its inputs and results a call without gradients holds less than 3 tensors like q, a
+    backward pass less than 4 in float32."""
+    from vitkit.kernels import dilated_attention
+    from vitkit.kernels._primitives import Device
+
+    plan = dilated_attention.plan_call(
+        10_000, dilated_attention.GIGAPATH, False, Device.typical("sm90")
+    )
+
+    def scratch(launches, shared):
+        found = {id(t): t for launch in launches for t in launch.args if hasattr(t, "nbytes")}
+        return sum(t.nbytes for key, t in found.items() if key not in shared)
+
+    attend, merge = plan[0]
+    q, out, lse = attend.args[0], merge.args[2], merge.args[3]
+    assert scratch(plan[0], {id(q), id(out), id(lse)}) < 3 * q.nbytes
+    parts = merge.args[0]
+    known = {id(q), id(out), id(lse), id(parts)}
+    assert scratch(plan[1], known) < 4 * 2 * q.nbytes
 
 
 def test_rows_give_reasons():

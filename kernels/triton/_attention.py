@@ -1,6 +1,6 @@
 """The attention core: online softmax over key tiles, and its gradients.
 
-Two plug-ins, jit functions passed as constexpr, turn it into the attention of an op:
+Plug-ins, jit functions passed as constexpr, turn it into the attention of an op:
 
 *Token map*, how row i of a sequence finds its memory. A pair:
     ``LOCATE(map_args, pid, KEYS, BLOCK) -> (batch, head, first, origin_q, n_q, origin_k, n_k)``
@@ -20,6 +20,13 @@ Two plug-ins, jit functions passed as constexpr, turn it into the attention of a
         ``inside``, shaped like n, is true (None: everywhere). They are not clamped, for that would
         hide from the compiler that they are consecutive. The gradient of the term is the sum of
         the ``ds`` of :func:`score_grad_tile` over whatever shares it.
+*Slots*, for an op whose rows are slots that a token may fill or not. All None, or
+    ``OUT_TOKENS(map_args, origin, i)``, ``STAT_TOKENS(map_args, origin, i) -> int64 [BLOCK]``
+        where out and grad, and where lse and delta of the queries ``i`` lie, if not at TOKENS;
+        lse and delta may be read to the end of a tile, so that no mask narrows their loads;
+    ``ZEROS(map_args, at, m) -> float32 [BLOCK]``
+        how many keys that are zeros (score 0, value 0) a query attends beside its n_k stored ones.
+        Queries from n_k on are zeros as well: nothing to read, and no dq.
 
 Rows are held as one block of D0 columns, or two (D0 and D1, both powers of two, D1 = 0 for one),
 so that a head dim of 72 costs 64 + 16 columns and not 128. Nothing is padded in memory. Full tiles
@@ -83,6 +90,18 @@ def store_rows(ptr, tokens, stride, valid, x, D: tl.constexpr, D0: tl.constexpr,
     if D1 > 0:
         c1 = D0 + tl.arange(0, D1)[None, :]
         tl.store(rows + c1, x[1].to(dtype), mask=valid[:, None] & (c1 < D))
+
+
+@triton.jit
+def add_rows(
+    x, ptr, tokens, stride, valid, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
+):  # fmt: skip
+    """x and what store_rows would overwrite with it."""
+    held = load_rows(ptr, tokens, stride, valid, True, D, D0, D1)
+    y = (x[0] + held[0],)
+    if D1 > 0:
+        y = y + (x[1] + held[1],)
+    return y
 
 
 @triton.jit
@@ -152,15 +171,13 @@ def store_row_sums(ptr, x, keep, D: tl.constexpr, D0: tl.constexpr, D1: tl.const
 def term_tile(
     term_args, at, m, n, valid_n, MASK: tl.constexpr, ORIENTATION: tl.constexpr, TERM: tl.constexpr
 ):
-    """The term of rows m and keys n, vectors; None without one. ORIENTATION 0: rows are rows of the
+    """The term of rows m and keys n, vectors. ORIENTATION 0: rows are rows of the
     tile, 1: they are columns. MASK: some keys are not valid.
 
     To be called before the tile's rows are loaded: bringing the term into the layout of a product
     takes a barrier, and operands loaded before it would be held in registers across it. (For the
     same reason no rows are loaded before they are needed; the compiler prefetches them anyway.)"""
-    if TERM is None:
-        return None
-    elif MASK:
+    if MASK:
         inside = tl.expand_dims(valid_n, ORIENTATION)
         rows = tl.expand_dims(tl.minimum(m, at[4] - 1), 1 - ORIENTATION)
         return TERM(term_args, at[0], at[1], at[3], rows, tl.expand_dims(n, ORIENTATION), inside)
@@ -212,7 +229,9 @@ def attend(
     for start in tl.range(lo, hi, BLOCK_N, num_stages=1 if MASK else None):
         offs_n = start + tl.arange(0, BLOCK_N)
         valid = offs_n < n_k
-        t = term_tile(term_args, at, offs_m, offs_n, valid, MASK, 0, TERM)
+        t = None
+        if TERM is not None:
+            t = term_tile(term_args, at, offs_m, offs_n, valid, MASK, 0, TERM)
         tokens = TOKENS(map_args, origin_k, offs_n)
         k = load_rows(k_ptr, tokens * UNIT, k_stride, valid, MASK, D, D0, D1, pad[0])
         factor, inverse = pair_scale(scale, k, D1, COSINE)
@@ -249,8 +268,8 @@ def attention_fwd_kernel(
     FOLD: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,  # tile of the ragged and diagonal keys; 0: there are none
-    PRECISION: tl.constexpr,
-    pads=None, log_gain_ptr=None,
+    PRECISION: tl.constexpr, pads=None, log_gain_ptr=None, OUT_TOKENS: tl.constexpr = None,
+    STAT_TOKENS: tl.constexpr = None, ZEROS: tl.constexpr = None,
 ):  # fmt: skip
     """One program: one tile of queries of one head, all keys it may attend."""
     at = LOCATE(map_args, tl.program_id(0), False, BLOCK_M)
@@ -263,13 +282,18 @@ def attention_fwd_kernel(
     q_ptr += (batch * q_strides[0] + head * q_strides[1]) * UNIT
     k_ptr += (batch * k_strides[0] + head * k_strides[1]) * UNIT
     v_ptr += (batch * v_strides[0] + head * v_strides[1]) * UNIT
-    q = load_rows(q_ptr, tokens * UNIT, q_strides[2], valid, True, D, D0, D1)
+    held = valid if ZEROS is None else valid & (offs_m < n_k)
+    q = load_rows(q_ptr, tokens * UNIT, q_strides[2], held, True, D, D0, D1)
 
     scale = row_scale(q, head, scale, log_gain_ptr, D1)
     pad = pad_rows(pads, head, D)
     COSINE: tl.constexpr = log_gain_ptr is not None
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
+    if ZEROS is not None:
+        # As if they were the first keys: with a maximum of at least 0 their share cannot overflow.
+        l_i += ZEROS(map_args, at, offs_m)
+        m_i = tl.where(l_i > 0.0, 0.0, m_i)
     acc = zero_rows(BLOCK_M, D0, D1)
     full, end = key_range(first, n_k, CAUSAL, BLOCK_M, BLOCK_N)
     acc, m_i, l_i = attend(
@@ -288,10 +312,12 @@ def attention_fwd_kernel(
     l_i = tl.where(empty, 1.0, l_i)
     out_ptr += (batch * out_strides[0] + head * out_strides[1]) * UNIT
     out = scale_rows(acc, (1.0 / l_i)[:, None], D1)
-    store_rows(out_ptr, tokens * UNIT, out_strides[2], valid, out, D, D0, D1)
+    outer = tokens if OUT_TOKENS is None else OUT_TOKENS(map_args, origin_q, offs_m)
+    store_rows(out_ptr, outer * UNIT, out_strides[2], valid, out, D, D0, D1)
     lse = tl.where(empty, float("-inf"), (m_i + tl.log2(l_i)) * LN2)
     lse_ptr += batch * lse_strides[0] + head * lse_strides[1]
-    tl.store(lse_ptr + tokens * lse_strides[2], lse, mask=valid)
+    rows = tokens if STAT_TOKENS is None else STAT_TOKENS(map_args, origin_q, offs_m)
+    tl.store(lse_ptr + rows * lse_strides[2], lse, mask=valid)
 
 
 @triton.jit
@@ -322,16 +348,20 @@ def attention_delta_kernel(
 
 
 @triton.jit
-def load_lse_delta(lse_ptr, delta_ptr, offsets, valid, MASK: tl.constexpr):
+def load_lse_delta(
+    lse_ptr, delta_ptr, offsets, valid, MASK: tl.constexpr, PADDED: tl.constexpr = False
+):  # fmt: skip
     """lse in the exp2 domain, +inf where the row attends nothing or (if MASK) is not ``valid``:
     every p = exp2(s - lse) of such a row is 0. So is its delta: the gradient of a -inf lse may be
-    NaN."""
-    if MASK:
+    NaN. PADDED: rows that are not valid may be read as well."""
+    if MASK and not PADDED:
         lse = tl.load(lse_ptr + offsets, mask=valid, other=float("-inf"))
         delta = tl.load(delta_ptr + offsets, mask=valid, other=0.0)
     else:
         lse = tl.load(lse_ptr + offsets)
         delta = tl.load(delta_ptr + offsets)
+    if MASK and PADDED:
+        lse = tl.where(valid, lse, float("-inf"))
     empty = lse == float("-inf")
     return tl.where(empty, float("inf"), lse * LOG2E), tl.where(empty, 0.0, delta)
 
@@ -373,7 +403,9 @@ def accumulate_dq(
     for start in tl.range(lo, hi, BLOCK_N, num_stages=1 if MASK else None):
         offs_n = start + tl.arange(0, BLOCK_N)
         valid = offs_n < n_k
-        t = term_tile(term_args, at, offs_m, offs_n, valid, MASK, 0, TERM)
+        t = None
+        if TERM is not None:
+            t = term_tile(term_args, at, offs_m, offs_n, valid, MASK, 0, TERM)
         tokens = TOKENS(map_args, origin_k, offs_n)
         k = load_rows(k_ptr, tokens * UNIT, k_stride, valid, MASK, D, D0, D1, pad[0])
         factor, inverse = pair_scale(scale, k, D1, COSINE)
@@ -397,24 +429,32 @@ def attention_bwd_dq_kernel(
     LOCATE: tl.constexpr, TOKENS: tl.constexpr, TERM: tl.constexpr, CAUSAL: tl.constexpr,
     FOLD: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
-    pads=None, log_gain_ptr=None, dlog_gain_ptr=None,
+    pads=None, log_gain_ptr=None, dlog_gain_ptr=None, OUT_TOKENS: tl.constexpr = None,
+    STAT_TOKENS: tl.constexpr = None, ZEROS: tl.constexpr = None, ADD: tl.constexpr = False,
 ):  # fmt: skip
-    """One program: dq of one tile of queries, and dlog_gain [programs]. delta lies like lse."""
+    """One program: dq of one tile of queries, added to the old if ADD, and dlog_gain [programs].
+    delta lies like lse."""
     at = LOCATE(map_args, tl.program_id(0), False, BLOCK_M)
     batch, head, first, origin_q, n_q, _, n_k = at
     if first >= n_q:
         return
     offs_m = first + tl.arange(0, BLOCK_M)
     tokens = TOKENS(map_args, origin_q, offs_m)
-    valid = existing(tokens, offs_m, n_q, pads)
+    outer = tokens if OUT_TOKENS is None else OUT_TOKENS(map_args, origin_q, offs_m)
+    rows = tokens if STAT_TOKENS is None else STAT_TOKENS(map_args, origin_q, offs_m)
+    if ZEROS is None:
+        valid = existing(tokens, offs_m, n_q, pads)
+    else:
+        valid = offs_m < tl.minimum(n_q, n_k)
     q_ptr += (batch * q_strides[0] + head * q_strides[1]) * UNIT
     k_ptr += (batch * k_strides[0] + head * k_strides[1]) * UNIT
     v_ptr += (batch * v_strides[0] + head * v_strides[1]) * UNIT
     grad_ptr += (batch * grad_strides[0] + head * grad_strides[1]) * UNIT
-    statistics = batch * lse_strides[0] + head * lse_strides[1] + tokens * lse_strides[2]
+    statistics = batch * lse_strides[0] + head * lse_strides[1] + rows * lse_strides[2]
     q = load_rows(q_ptr, tokens * UNIT, q_strides[2], valid, True, D, D0, D1)
-    grad = load_rows(grad_ptr, tokens * UNIT, grad_strides[2], valid, True, D, D0, D1)
-    lse, delta = load_lse_delta(lse_ptr, delta_ptr, statistics, valid, True)
+    grad = load_rows(grad_ptr, outer * UNIT, grad_strides[2], valid, True, D, D0, D1)
+    padded = STAT_TOKENS is not None
+    lse, delta = load_lse_delta(lse_ptr, delta_ptr, statistics, valid, True, padded)
 
     scale = row_scale(q, head, scale, log_gain_ptr, D1)
     pad = pad_rows(pads, head, D)
@@ -438,6 +478,8 @@ def attention_bwd_dq_kernel(
         tl.store(dlog_gain_ptr + tl.program_id(0), tl.sum(tl.where(valid, along, 0.0), 0))
     else:
         dq = scale_rows(dq, dscale, D1)
+    if ADD:
+        dq = add_rows(dq, dq_ptr, tokens * UNIT, dq_strides[2], valid, D, D0, D1)
     store_rows(dq_ptr, tokens * UNIT, dq_strides[2], valid, dq, D, D0, D1)
 
 
@@ -447,7 +489,8 @@ def accumulate_dkv(
     lse_stride, pads, scale, map_args, term_args, TOKENS: tl.constexpr, TERM: tl.constexpr,
     COSINE: tl.constexpr, CAUSAL: tl.constexpr, FOLD: tl.constexpr, MASK: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, OUT_TOKENS: tl.constexpr,
+    STAT_TOKENS: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
     """dv + p^T grad and dk + ds^T q over queries [lo, hi). Tiles are transposed, so that p^T and
     ds^T are left operands and stay in registers. A row that does not exist has p = 0 (its lse is
@@ -455,17 +498,23 @@ def accumulate_dkv(
     _, _, _, origin_q, n_q, _, n_k = at
     for start in tl.range(lo, hi, BLOCK_M, num_stages=1 if MASK else None):
         offs_m = start + tl.arange(0, BLOCK_M)
-        t = term_tile(term_args, at, offs_m, offs_n, offs_n < n_k, True, 1, TERM)
+        t = None
+        if TERM is not None:
+            t = term_tile(term_args, at, offs_m, offs_n, offs_n < n_k, True, 1, TERM)
         tokens = TOKENS(map_args, origin_q, offs_m)
+        outer = tokens if OUT_TOKENS is None else OUT_TOKENS(map_args, origin_q, offs_m)
+        rows = tokens if STAT_TOKENS is None else STAT_TOKENS(map_args, origin_q, offs_m)
         valid = existing(tokens, offs_m, n_q, pads)
         SOME: tl.constexpr = MASK or pads is not None
-        q = load_rows(q_ptr, tokens * UNIT, q_stride, valid, SOME, D, D0, D1)
+        held = valid if ZEROS is None else valid & (offs_m < n_k)
+        q = load_rows(q_ptr, tokens * UNIT, q_stride, held, SOME, D, D0, D1)
         factor, inverse = pair_scale(scale, q, D1, COSINE)
-        lse, delta = load_lse_delta(lse_ptr, delta_ptr, tokens * lse_stride, valid, SOME)
+        padded = STAT_TOKENS is not None
+        lse, delta = load_lse_delta(lse_ptr, delta_ptr, rows * lse_stride, valid, SOME, padded)
         keep = offs_n[:, None] <= offs_m[None, :]
         masked = CAUSAL and MASK
         p = weight_tile(k, q, lse[None, :], factor, t, keep, FOLD, masked, D1, PRECISION)
-        grad = load_rows(grad_ptr, tokens * UNIT, grad_stride, valid, SOME, D, D0, D1)
+        grad = load_rows(grad_ptr, outer * UNIT, grad_stride, valid, SOME, D, D0, D1)
         ds = score_grad_tile(p, v, grad, delta[None, :], D1, PRECISION)
         ds = weigh_score_grad(ds, inverse, q[0].dtype)
         dv = add_weighted_rows(dv, p, grad, D1, PRECISION)
@@ -483,11 +532,12 @@ def attention_bwd_dkv_kernel(
     FOLD: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,  # tile of the ragged queries; 0: there are none
-    PRECISION: tl.constexpr,
-    pads=None, log_gain_ptr=None, dpads_ptr=None,
+    PRECISION: tl.constexpr, pads=None, log_gain_ptr=None, dpads_ptr=None,
+    OUT_TOKENS: tl.constexpr = None, STAT_TOKENS: tl.constexpr = None, ZEROS: tl.constexpr = None,
+    ADD: tl.constexpr = False,
 ):  # fmt: skip
-    """One program: dk and dv of one tile of keys, and of its pads summed, [programs, 2, D]. delta
-    lies like lse."""
+    """One program: dk and dv of one tile of keys, added to what they hold if ADD, and of its pads
+    summed, [programs, 2, D]. delta lies like lse."""
     at = LOCATE(map_args, tl.program_id(0), True, BLOCK_N)
     batch, head, first, _, n_q, origin_k, n_k = at
     if first >= n_k:
@@ -509,7 +559,7 @@ def attention_bwd_dkv_kernel(
 
     dk = zero_rows(BLOCK_N, D0, D1)
     dv = zero_rows(BLOCK_N, D0, D1)
-    whole = n_q // BLOCK_M * BLOCK_M
+    whole = (n_q if ZEROS is None else tl.minimum(n_q, n_k)) // BLOCK_M * BLOCK_M
     # Queries before `diagonal` attend none of these keys, from `below` on all of them.
     diagonal = first // BLOCK_M * BLOCK_M if CAUSAL else 0
     below = tl.cdiv(first + BLOCK_N - 1, BLOCK_M) * BLOCK_M if CAUSAL else 0
@@ -518,18 +568,19 @@ def attention_bwd_dkv_kernel(
             dk, dv, k, v, diagonal, tl.minimum(below, whole), offs_n, at, q_ptr, q_strides[2],
             grad_ptr, grad_strides[2], lse_ptr, delta_ptr, lse_strides[2], pads, scale, map_args,
             term_args, TOKENS, TERM, COSINE, CAUSAL, FOLD, True, D, D0, D1, UNIT, BLOCK_M,
-            PRECISION,
+            PRECISION, OUT_TOKENS, STAT_TOKENS, ZEROS,
         )  # fmt: skip
     dk, dv = accumulate_dkv(
         dk, dv, k, v, below, whole, offs_n, at, q_ptr, q_strides[2], grad_ptr, grad_strides[2],
         lse_ptr, delta_ptr, lse_strides[2], pads, scale, map_args, term_args, TOKENS, TERM, COSINE,
-        CAUSAL, FOLD, False, D, D0, D1, UNIT, BLOCK_M, PRECISION,
+        CAUSAL, FOLD, False, D, D0, D1, UNIT, BLOCK_M, PRECISION, OUT_TOKENS, STAT_TOKENS, ZEROS,
     )  # fmt: skip
     if TAIL > 0:
         dk, dv = accumulate_dkv(
             dk, dv, k, v, tl.maximum(diagonal, whole), n_q, offs_n, at, q_ptr, q_strides[2],
             grad_ptr, grad_strides[2], lse_ptr, delta_ptr, lse_strides[2], pads, scale, map_args,
             term_args, TOKENS, TERM, COSINE, CAUSAL, FOLD, True, D, D0, D1, UNIT, TAIL, PRECISION,
+            OUT_TOKENS, STAT_TOKENS, ZEROS,
         )  # fmt: skip
     dk_ptr += (batch * dk_strides[0] + head * dk_strides[1]) * UNIT
     dv_ptr += (batch * dv_strides[0] + head * dv_strides[1]) * UNIT
@@ -538,6 +589,9 @@ def attention_bwd_dkv_kernel(
     else:
         dk = scale_rows(dk, dscale, D1)
     exists = existing(tokens, offs_n, n_k, pads)
+    if ADD:
+        dk = add_rows(dk, dk_ptr, tokens * UNIT, dk_strides[2], exists, D, D0, D1)
+        dv = add_rows(dv, dv_ptr, tokens * UNIT, dv_strides[2], exists, D, D0, D1)
     store_rows(dk_ptr, tokens * UNIT, dk_strides[2], exists, dk, D, D0, D1)
     store_rows(dv_ptr, tokens * UNIT, dv_strides[2], exists, dv, D, D0, D1)
     if pads is not None:

@@ -9,7 +9,7 @@ between the rows (72 is held as 64 + 16) take the next larger one.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -227,3 +227,16 @@ def pick_window_tile(device: Device, dtype: torch.dtype, head_dim: int, tokens: 
     block = max(16, next_power_of_2(tokens))
     warps = max(1, tile.num_warps * block // tile.block_m)
     return Tile(block, block, warps, tile.num_stages)
+
+
+def head_constants(q: torch.Tensor, device: Device) -> dict[str, Any]:
+    """The constants of the attention kernels that follow from the head dim and the dtype."""
+    blocks = split_head_dim(q.shape[-1])
+    fp32 = q.dtype == torch.float32
+    tf32 = fp32 and torch.backends.cuda.matmul.allow_tf32 and device.arch.startswith("sm")
+    return {
+        "D": q.shape[-1],
+        "D0": blocks[0],
+        "D1": blocks[1],
+        "PRECISION": "tf32" if tf32 else "ieee",
+    }

@@ -28,6 +28,7 @@ from ._primitives import (
     device_of,
     next_power_of_2,
     run,
+    token_strides,
 )
 from ._tiles import (
     BACKWARD_DBIAS,
@@ -37,9 +38,9 @@ from ._tiles import (
     FORWARD,
     Row,
     Tile,
+    head_constants,
     pick_tile,
     ragged_tile,
-    split_head_dim,
 )
 
 # ---- token maps
@@ -240,18 +241,12 @@ class _Call:
             self.batch, self.n_q, self.heads, self.head_dim = self.q.shape
             self.sequences = self.batch
         self.n_k = self.k.shape[-3]
-        blocks = split_head_dim(self.head_dim)
-        fp32 = self.q.dtype == torch.float32
-        tf32 = fp32 and torch.backends.cuda.matmul.allow_tf32 and self.device.arch.startswith("sm")
         self.constants: dict[str, Any] = {
             "TERM": None if self.bias is None else mask_term if self._mask else bias_term,
             "CAUSAL": bool(self.causal),
             # A scale <= 0 would turn the maximum around.
             "FOLD": self.bias is None and self.scale > 0,
-            "D": self.head_dim,
-            "D0": blocks[0],
-            "D1": blocks[1],
-            "PRECISION": "tf32" if tf32 else "ieee",
+            **head_constants(self.q, self.device),
         }
         self.map = {
             "LOCATE": locate_packed if self.packed else locate_dense,
@@ -281,13 +276,6 @@ class _Call:
         )
         return (self.bias.view(torch.uint8) if self._mask else self.bias, *strides)
 
-    def strides(self, *tensors: torch.Tensor) -> tuple[int, list[tuple[int, ...]]]:
-        """(unit, [(batch, head, token) in units of ``unit`` elements]) of [B, N, H, D] or
-        [T, H, D]."""
-        triples = [(0 if self.packed else t.stride(0), t.stride(-2), t.stride(-3)) for t in tensors]
-        unit = 8 if all(s % 8 == 0 for triple in triples for s in triple) else 1
-        return unit, [tuple(s // unit for s in triple) for triple in triples]
-
     def row_strides(self, t: torch.Tensor) -> tuple[int, int, int]:
         """(batch, head, token) of statistics [B, H, N] or [H, T]."""
         return (0 if self.packed else t.stride(0), t.stride(-2), t.stride(-1))
@@ -314,7 +302,7 @@ class _Call:
 def _forward_launches(call: _Call, out: torch.Tensor, lse: torch.Tensor) -> list[Launch]:
     tile = call.tile(FORWARD)
     q, k, v = call.q, call.k, call.v
-    unit, strides = call.strides(q, k, v, out)
+    unit, strides = token_strides(q, k, v, out)
     return [
         Launch(
             core.attention_fwd_kernel,
@@ -361,7 +349,7 @@ def plan_forward(q, k, v, bias, cu_seqlens_q, cu_seqlens_k, causal, scale, devic
 def _backward_launches(call, grad, grad_lse, out, lse, delta, dq, dk, dv) -> list[Launch]:
     q, k, v = call.q, call.k, call.v
     rows = call.row_strides(lse)
-    unit, (grad_strides, out_strides) = call.strides(grad, out)
+    unit, (grad_strides, out_strides) = token_strides(grad, out)
     launches = [
         Launch(
             core.attention_delta_kernel,
@@ -378,7 +366,7 @@ def _backward_launches(call, grad, grad_lse, out, lse, delta, dq, dk, dv) -> lis
     scalars = (call.scale_log2, call.scale, call.map_args, call.term_args)
     inputs = (q, k, v, grad, lse, delta)
     tile = call.tile(BACKWARD_DKV)
-    unit, strides = call.strides(q, k, v, grad, dk, dv)
+    unit, strides = token_strides(q, k, v, grad, dk, dv)
     launches.append(
         Launch(
             core.attention_bwd_dkv_kernel,
@@ -391,7 +379,7 @@ def _backward_launches(call, grad, grad_lse, out, lse, delta, dq, dk, dv) -> lis
         )
     )  # fmt: skip
     tile = call.tile(BACKWARD_DQ)
-    unit, strides = call.strides(q, k, v, grad, dq)
+    unit, strides = token_strides(q, k, v, grad, dq)
     launches.append(
         Launch(
             core.attention_bwd_dq_kernel,
@@ -420,7 +408,7 @@ def _dbias_launch(call: _Call, grad, lse, delta) -> tuple[torch.Tensor, Launch]:
     chunks = cdiv(steps, chunk)
     dtype = bias.dtype if chunks == 1 else torch.float32
     partial = torch.empty((chunks, *bias.shape), dtype=dtype, device=bias.device)
-    unit, strides = call.strides(q, k, v, grad)
+    unit, strides = token_strides(q, k, v, grad)
     constants = {key: value for key, value in call.constants.items() if key != "FOLD"}
     launch = Launch(
         attention_dbias_kernel,
