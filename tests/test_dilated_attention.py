@@ -141,7 +141,8 @@ def test_head_dims(device, backend, dtype, head_dim):
 @pytest.mark.parametrize("n", [1, 7, 16, 63, 64, 65], ids=lambda n: f"tokens_{n}")
 def test_tokens_and_heads(device, backend, n, heads):
     tensors = make(device, torch.float32, n=n, heads=heads, head_dim=8)
-    if n == 1:  # one key and zeros: the gradients of a single dense branch are rounding
+    if n == 1:  # one key: grad . v cancels in the gradient of its score, what counts is that of lse
+        tensors[2] /= 8
         check(tensors, backend, [4, 8], [1, 2], scale=0.5)
     else:
         check(tensors, backend, *BRANCHES["gigapath_like"])
