@@ -214,6 +214,7 @@ def peak_bytes(call: Callable[[], Any], device: str) -> float:
     return float(peak)
 
 
+SLOW_ROUND = 20.0  # seconds of all providers together, beyond which two rounds have to do
 # A rival so many times slower than the fastest provider is out of the race: it is timed once more.
 OUT_OF_THE_RACE = 5.0
 
@@ -221,14 +222,16 @@ OUT_OF_THE_RACE = 5.0
 def _rounds(
     providers: Sequence[Provider], device: str, seconds: float, first: dict[str, float]
 ) -> dict[str, list[float]]:
-    """Providers take turns until the time is used up, at least five rounds; ``first`` holds the
+    """Providers take turns until the time is used up, at least five
+    rounds (two of slow providers); ``first`` holds the
     seconds of a call that warmed each up."""
     samples: dict[str, list[float]] = {p.name: [] for p in providers}
     repeats = {name: max(1, min(64, int(1e-3 / max(t, 1e-7)))) for name, t in first.items()}
     limit = OUT_OF_THE_RACE * min(first.values())
     stop = time.perf_counter() + seconds
     rounds = 0
-    while rounds < 5 or (time.perf_counter() < stop and rounds < 200):
+    least = 5 if sum(first.values()) < SLOW_ROUND else 2
+    while rounds < least or (time.perf_counter() < stop and rounds < 200):
         for p in providers:
             if rounds == 0 or p.ours or first[p.name] <= limit:
                 samples[p.name].append(_sample(p.call, device, repeats[p.name]))
