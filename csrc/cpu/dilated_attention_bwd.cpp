@@ -24,7 +24,7 @@ constexpr const char* kOp = "dilated_attention_bwd";
 // With fewer lanes than this in a branch there are more, smaller cells.
 constexpr int64_t kFewLanes = 16;
 // What the float32 sums of the heads in flight may take: this much, or this part of q.
-constexpr int64_t kSumsBytes = int64_t(8) << 20;
+constexpr int64_t kSumsBytes = int64_t(4) << 20;
 constexpr int64_t kPartOfQ = 2;
 constexpr int64_t kGrain = 1 << 16;
 
