@@ -214,6 +214,8 @@ def peak_bytes(call: Callable[[], Any], device: str) -> float:
     return float(peak)
 
 
+# Seconds of a round of all providers beyond which two rounds have to do.
+SLOW_ROUND = 20.0
 # A rival so many times slower than the fastest provider is out of the race: one warm call of it is
 # enough, and the first counts as warm if it takes so many seconds without a compiler.
 OUT_OF_THE_RACE = 5.0
@@ -225,15 +227,16 @@ SPREAD = 0.15
 def _rounds(
     providers: Sequence[Provider], device: str, seconds: float, first: dict[str, float]
 ) -> dict[str, list[float]]:
-    """Providers take turns until the time is used up, at least five rounds; ``first`` holds the
-    seconds of a warm call of each."""
+    """Providers take turns until the time is used up, at least five rounds (two of slow ones);
+    ``first`` holds the seconds of a warm call of each."""
     limit = OUT_OF_THE_RACE * min(first.values())
     racing = [p for p in providers if p.ours or first[p.name] <= limit]
     samples = {p.name: [] if p in racing else [first[p.name]] for p in providers}
     repeats = {name: max(1, min(64, int(1e-3 / max(t, 1e-7)))) for name, t in first.items()}
     stop = time.perf_counter() + seconds
     rounds = 0
-    while rounds < 5 or (time.perf_counter() < stop and rounds < 200):
+    least = 5 if sum(first[p.name] for p in racing) < SLOW_ROUND else 2
+    while rounds < least or (time.perf_counter() < stop and rounds < 200):
         for p in racing:
             samples[p.name].append(_sample(p.call, device, repeats[p.name]))
         rounds += 1

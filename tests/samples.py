@@ -61,6 +61,15 @@ def _attention(nq=5, nk=7, batch=2, heads=2, head_dim=8, bias=None, **options):
     return make
 
 
+def _dilated(n=21, heads=3, lengths=(8, 16), ratios=(1, 2), **options):
+    def make(device, dtype):
+        torch.manual_seed(0)
+        tensors = {name: _randn(device, dtype, 1, n, heads, 8) for name in "qkv"}
+        return tensors, {"segment_lengths": lengths, "dilation_ratios": ratios, **options}
+
+    return make
+
+
 def _packed(device, dtype):
     torch.manual_seed(0)
     tensors = {n: _randn(device, dtype, 9, 2, 8) for n in "qkv"}
@@ -122,6 +131,13 @@ SAMPLES = [
     Sample("flash_attention", "bool_mask", _attention(bias="mask", scale=0.5)),
     Sample("flash_attention", "causal_with_lse", _attention(nk=5, causal=True, return_lse=True)),
     Sample("flash_attention", "packed", _packed),
+    Sample("dilated_attention", "zeros_behind_the_tokens", _dilated()),
+    Sample("dilated_attention", "causal_with_lse", _dilated(causal=True, return_lse=True)),
+    Sample(
+        "dilated_attention",
+        "drifting_segments",
+        _dilated(lengths=(5, 9), ratios=(1, 4), alignment="torchscale"),
+    ),
     Sample("group_norm_silu", "affine", _group_norm()),
     Sample(
         "group_norm_silu", "plain_without_activation", _group_norm(affine=False, activation=None)

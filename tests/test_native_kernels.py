@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = {
     "attention_forward": ("flash_attention_kernel.cpp",),
     "attention_backward": ("flash_attention_bwd_kernel.cpp",),
+    "dilated_attention": ("dilated_attention_kernel.cpp", "dilated_attention_bwd_kernel.cpp"),
     "group_norm_silu": ("group_norm_silu_kernel.cpp", "scratch.cpp"),
 }
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -112,6 +113,14 @@ MUTANTS = {
     ),
     "sums of dK and dV are stored unturned": (
         "attention_backward", "amx-emulated", "attention/backward_amx.h", "transpose16(v);\n", "",
+    ),
+    "zeros of a dilated segment are not attended": (
+        "dilated_attention", "avx512-emulated", "attention/forward.h",
+        "zeros > 0) {", "zeros > 0 && tiling_.chunks == 0) {",
+    ),
+    "branches overwrite each other's gradients": (
+        "dilated_attention", "amx-emulated", "attention/dilated_map.h",
+        "load_partial(to.data, n) + v", "v",
     ),
     "deviations are taken from half the mean": (
         "group_norm_silu", "avx512-emulated", "norm/statistics.h", "const f32v m = splat(mean);",

@@ -5,14 +5,12 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
 #include <tuple>
 
 #include "attention/inputs.h"
+#include "attention/schedule.h"
 #include "check.h"
 #include "isa.h"
-#include "parallel.h"
-#include "scratch.h"
 
 VITKIT_ISA_TABLE(FlashBackwardKernels, flash_backward_kernels)
 
@@ -20,7 +18,6 @@ namespace vitkit::cpu {
 namespace {
 
 constexpr const char* kOp = "flash_attention_bwd";
-constexpr double kFlopsPerThread = 2e6;  // about 20 us, several times what waking a thread costs
 // With fewer tasks than this there are more, smaller cells, and more copies of a shared dbias.
 constexpr int64_t kFewTasks = 16;
 constexpr int64_t kProblemsPerCopy = 4;
@@ -114,19 +111,6 @@ struct BiasGrad {
   }
 };
 
-// Takes items 0, 1, ... with `threads` threads; f(item, scratch, thread).
-template <typename F>
-void run_items(int64_t items, int64_t threads, size_t scratch_bytes, const F& f) {
-  std::atomic<int64_t> next{0}, started{0};
-  parallel_for(0, std::min(threads, items), 1, [&](int64_t, int64_t) {
-    void* scratch = thread_scratch(scratch_bytes);
-    const int64_t thread = started.fetch_add(1, std::memory_order_relaxed);
-    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;)
-      f(item, scratch, thread);
-    release_large_scratch();
-  });
-}
-
 int64_t rounds(int64_t items, int64_t threads) { return (items + threads - 1) / threads; }
 
 void run_tasks(const FlashBackwardKernels& kernels, const FlashBackward& p, const Tasks& tasks,
@@ -173,26 +157,18 @@ void check_like(const char* arg, const Tensor& t, const Tensor& like) {
   for (int64_t d = 0; d < like.dim(); ++d) check_size(kOp, arg, t, d, like.size(d));
 }
 
-void set_lse(FlashBackward* p, const Tensor& lse, const std::optional<Tensor>& grad_lse,
-             bool packed) {
-  const AttentionInputs& in = p->in;
-  check_rank(kOp, "lse", lse, packed ? 2 : 3);
-  const int64_t h = packed ? 0 : 1;
-  if (!packed) check_size(kOp, "lse", lse, 0, in.batch);
-  check_size(kOp, "lse", lse, h, in.heads);
-  check_size(kOp, "lse", lse, h + 1, in.nq);
-  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float, kOp, ": lse must be float32");
+void set_lse(FlashBackward* p, const Tensor& lse, const std::optional<Tensor>& grad_lse) {
+  const LseView saved = lse_view(kOp, "lse", lse, p->in);
   check_last_dim_dense(kOp, "lse", lse);
-  p->lse = static_cast<const float*>(lse.const_data_ptr());
-  p->lse_batch_stride = packed ? 0 : lse.stride(0);
-  p->lse_head_stride = lse.stride(h);
+  p->lse = saved.data;
+  p->lse_batch_stride = saved.batch_stride;
+  p->lse_head_stride = saved.head_stride;
   if (!grad_lse) return;
-  check_like("grad_lse", *grad_lse, lse);
-  STD_TORCH_CHECK(grad_lse->scalar_type() == ScalarType::Float, kOp, ": grad_lse must be float32");
-  p->grad_lse = static_cast<const float*>(grad_lse->const_data_ptr());
-  p->grad_lse_batch_stride = packed ? 0 : grad_lse->stride(0);
-  p->grad_lse_head_stride = grad_lse->stride(h);
-  p->grad_lse_query_stride = grad_lse->stride(h + 1);
+  const LseView grad = lse_view(kOp, "grad_lse", *grad_lse, p->in);
+  p->grad_lse = grad.data;
+  p->grad_lse_batch_stride = grad.batch_stride;
+  p->grad_lse_head_stride = grad.head_stride;
+  p->grad_lse_query_stride = grad.query_stride;
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -207,7 +183,7 @@ Gradients flash_attention_bwd(Tensor grad, std::optional<Tensor> grad_lse, Tenso
   const bool packed = arguments.packed();
   FlashBackward p{};
   p.in = in;
-  set_lse(&p, lse, grad_lse, packed);
+  set_lse(&p, lse, grad_lse);
   check_like("grad", grad, q);
   check_like("out", out, q);
   check_last_dim_dense(kOp, "out", out);
@@ -256,8 +232,7 @@ Gradients flash_attention_bwd(Tensor grad, std::optional<Tensor> grad_lse, Tenso
   for (int64_t b = 0; b < (packed ? in.batch : 1); ++b)
     grids.push_back(kernels.grid(p, arguments.queries(b), arguments.keys(b)));
   const double flops = 10. * pairs * double(in.heads) * double(in.head_dim);
-  run_tasks(kernels, p, tasks, grids, q,
-            std::clamp<int64_t>(int64_t(flops / kFlopsPerThread), 1, num_threads()));
+  run_tasks(kernels, p, tasks, grids, q, threads_for(flops));
 
   if (dbias) dbias->finish(kernels, tasks.copies());
   return {dq, dk, dv, need_dbias ? dbias->result : torch::stable::new_empty(q, {0})};

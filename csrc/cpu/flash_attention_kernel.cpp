@@ -19,18 +19,12 @@ Extent extent(const AttentionInputs& in, int64_t b) {
 }
 
 template <typename T>
-T* rows(const RowsView& view, int64_t b, int64_t h, int64_t token) {
-  return reinterpret_cast<T*>(view.data) + b * view.batch_stride + h * view.head_stride +
-         token * view.token_stride;
-}
-
-template <typename T>
 StridedMap<T> strided_map(const FlashForward& p, const Extent& e, int64_t b, int64_t h) {
   const AttentionInputs& in = p.in;
-  return {rows<const T>(in.q, b, h, e.q),
-          rows<const T>(in.k, b, h, e.k),
-          rows<const T>(in.v, b, h, e.k),
-          rows<T>(p.out, b, h, e.q),
+  return {row_pointer<const T>(in.q, b, h, e.q),
+          row_pointer<const T>(in.k, b, h, e.k),
+          row_pointer<const T>(in.v, b, h, e.k),
+          row_pointer<T>(p.out, b, h, e.q),
           p.lse + b * p.lse_batch_stride + h * p.lse_head_stride + e.q,
           in.q.token_stride,
           in.k.token_stride,

@@ -211,8 +211,8 @@ class AmxGradient {
   static constexpr int64_t kRowTiles = kBlockRows / kTile;
   static constexpr int64_t kStripSums = 2 * kTileSums;
 
-  template <typename Gradient>
-  void write(f32v x, int64_t s, Gradient* row) const {
+  template <typename To>
+  void write(f32v x, int64_t s, To row) const {
     store_partial(row + s * kTile, x, int(smaller(kTile, head_dim_ - s * kTile)));
   }
 

@@ -177,16 +177,22 @@ class Forward {
 
   void finish(const Map& map, const Block& b) const {
     for (int64_t r = 0; r < b.rows; ++r) {
-      const float sum = tiling_.chunks ? w_.sum[b.at + r] : 0.f;
-      T* out = map.out_row(b.first_row + r);
-      float* lse = map.lse(b.first_row + r);
-      if (sum == 0.f) {
-        std::memset(out, 0, w_.sizes.head_dim * sizeof(T));
-        *lse = -INFINITY;
-      } else {
-        w_.compute.write_row(b.at + r, 1.f / sum, out);
-        *lse = w_.shift[b.at + r] * kLn2 + __builtin_logf(sum);
+      const int64_t i = b.first_row + r;
+      const bool any = tiling_.chunks && w_.sum[b.at + r] != 0.f;
+      float sum = any ? w_.sum[b.at + r] : 0.f, factor = 1.f;
+      float shift = any ? w_.shift[b.at + r] : -INFINITY;
+      if (const int64_t zeros = map.zero_keys(i); zeros > 0) {
+        const float top = shift < 0.f ? 0.f : shift;  // neither part of the sum overflows
+        factor = __builtin_exp2f(shift - top);
+        sum = sum * factor + float(zeros) * __builtin_exp2f(-top);
+        shift = top;
       }
+      T* out = map.out_row(i);
+      if (any)
+        w_.compute.write_row(b.at + r, factor / sum, out);
+      else
+        std::memset(out, 0, w_.sizes.head_dim * sizeof(T));
+      *map.lse(i) = sum == 0.f ? -INFINITY : shift * kLn2 + __builtin_logf(sum);
     }
   }
 

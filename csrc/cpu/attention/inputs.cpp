@@ -87,6 +87,17 @@ RowsView rows_view(const Tensor& t) {
           t.stride(r - 2)};
 }
 
+LseView lse_view(const char* op, const char* arg, const Tensor& t, const AttentionInputs& in) {
+  const int64_t h = in.starts_q ? 0 : 1;
+  check_rank(op, arg, t, h + 2);
+  if (h) check_size(op, arg, t, 0, in.batch);
+  check_size(op, arg, t, h, in.heads);
+  check_size(op, arg, t, h + 1, in.nq);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, op, ": ", arg, " must be float32");
+  return {static_cast<const float*>(t.const_data_ptr()), h ? t.stride(0) : 0, t.stride(h),
+          t.stride(h + 1)};
+}
+
 AttentionArguments::AttentionArguments(const char* op, const Tensor& q, const Tensor& k,
                                        const Tensor& v, const std::optional<Tensor>& bias,
                                        const std::optional<Tensor>& cu_seqlens_q,

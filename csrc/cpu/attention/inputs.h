@@ -44,4 +44,8 @@ ElementType element_type(const torch::stable::Tensor& t);
 // too.
 RowsView rows_view(const torch::stable::Tensor& t);
 
+// lse, or its gradient: float32 [B, H, N], packed [H, T].
+LseView lse_view(const char* op, const char* arg, const torch::stable::Tensor& t,
+                 const AttentionInputs& in);
+
 }  // namespace vitkit::cpu

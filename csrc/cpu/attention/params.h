@@ -14,6 +14,12 @@ struct RowsView {
   int64_t batch_stride, token_stride, head_stride;
 };
 
+// One float32 per query of each head.
+struct LseView {
+  const float* data;
+  int64_t batch_stride, head_stride, query_stride;
+};
+
 // Added to the scaled scores (floating types) or true where a key may be attended (boolean). A
 // stride is 0 where the tensor broadcasts. data is null without bias.
 struct BiasView {
