@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from vitkit.benchmarks.cases import (
     dilated_attention,
     flash_attention,
