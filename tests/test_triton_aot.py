@@ -81,9 +81,10 @@ def test_every_head_dim_has_a_tile_on_every_architecture():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for head_dim in range(8, 257, 8):
                 for table in tables:
-                    for n, term in product((1, 17, 197, 4096), (False, True)):
+                    kinds = ((False, False), (True, False), (True, True))
+                    for n, term in product((1, 17, 197, 4096), kinds):
                         device = Device.typical(arch)
-                        tile = tiles.pick_tile(table, device, dtype, head_dim, n, n, term)
+                        tile = tiles.pick_tile(table, device, dtype, head_dim, n, n, *term)
                         assert tile.block_m >= 16 and tile.block_n >= 16
     with pytest.raises(NotImplementedError, match="no tile for head dim 264"):
         tiles.pick_tile(tiles.FORWARD, Device.typical("sm90"), torch.float16, 264, 1, 1, False)
