@@ -205,7 +205,7 @@ def test_segment_anything(device, backend):
     attn = (attn + rel_h[:, :, :, :, None] + rel_w[:, :, :, None, :]).view(2, heads, n, n)
     want = (attn.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)
 
-    bias = DecomposedBias(rel_h.view(2, heads, n, height), rel_w.view(2, heads, n, width))
+    bias = DecomposedBias(rel_h.reshape(2, heads, n, height), rel_w.reshape(2, heads, n, width))
     got = vitkit.flash_attention(q, k, v, bias=bias, backend=backend)
     torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
@@ -226,8 +226,8 @@ def test_transformers_segment_anything(device):
     q, k, v = layer.qkv(x).view(2, 16, 3, 2, 16).unbind(2)
     rows = q.transpose(1, 2).reshape(4, 4, 4, 16)
     around = [layer.get_rel_pos(4, 4, t) for t in (layer.rel_pos_h, layer.rel_pos_w)]
-    rel_h = torch.einsum("bhwc,hkc->bhwk", rows, around[0]).view(2, 2, 16, 4)
-    rel_w = torch.einsum("bhwc,wkc->bhwk", rows, around[1]).view(2, 2, 16, 4)
+    rel_h = torch.einsum("bhwc,hkc->bhwk", rows, around[0]).reshape(2, 2, 16, 4)
+    rel_w = torch.einsum("bhwc,wkc->bhwk", rows, around[1]).reshape(2, 2, 16, 4)
     out = vitkit.flash_attention(q, k, v, bias=DecomposedBias(rel_h, rel_w), backend=device)
     got = layer.proj(out.reshape(2, 4, 4, 32))
     torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
