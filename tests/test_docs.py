@@ -21,6 +21,7 @@ MODULES = [
     "vitkit.nn.attention",
     "vitkit.nn.norm",
     "vitkit.patch.engine",
+    "vitkit.score_bias",
     "vitkit.verify",
 ]
 

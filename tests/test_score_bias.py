@@ -435,7 +435,7 @@ def test_distances_cost_no_memory(device, backend, backward):
 def test_decomposed_bias_needs_nothing_but_its_tables(device, backend):
     if backend == "reference" or device != "cpu":
         pytest.skip("the reference is the formula; the profiler's events are those of the CPU")
-    side = 12 if backend == "triton" else 30
+    side = 16 if backend == "triton" else 30
     n = side * side
     tensors, bias = decomposed(device, torch.bfloat16, side, side, nq=n, heads=1, head_dim=8)
 

@@ -17,7 +17,9 @@ import pytest
 pytest.importorskip("triton")
 
 # Calls compiled here; `python -m vitkit.kernels._aot` compiles all on all architectures.
-CALLS = ("siglip_head_dim_72", "beit_learned_bias", "unet_64px_nhwc", "vae_512px")
+CALLS = (
+    "siglip_head_dim_72", "beit_learned_bias", "sam_b_global", "unet_64px_nhwc", "vae_512px"
+)  # fmt: skip
 ARCHITECTURES = ("sm80", "sm90", "sm100", "hip")
 # Bytes of shared memory (LDS) of one block: CUDA C++ programming guide, compute capabilities;
 # AMD CDNA 3 ISA.
@@ -51,8 +53,9 @@ def test_machine_code(rows):
         assert row["hot_spills"] == 0, f"{name}: spills in an inner loop"
         assert row["spills"] <= 16, f"{name}: {row['spills']} spills"
         assert (row["matmul"] > 0) == row["expects_matmul"], f"{name}: matrix instructions"
-        # Rows of a [197, 197] bias begin at odd addresses: two bytes a load.
-        narrow = row["spec"] == "beit_learned_bias" or not row["expects_matmul"]
+        # Rows of a [197, 197] bias begin at odd addresses: two bytes a load. Of rel_h a tile needs
+        # one number per query.
+        narrow = row["spec"] in ("beit_learned_bias", "sam_b_global") or not row["expects_matmul"]
         assert narrow or row["wide"] * 2 >= row["loads"], (
             f"{name}: {row['wide']} of {row['loads']} loads are 8 bytes and more"
         )
@@ -67,6 +70,7 @@ def test_every_kernel_of_both_ops_is_compiled(rows):
         "attention_bwd_dq_kernel",
         "attention_bwd_dkv_kernel",
         "attention_dbias_kernel",
+        "attention_drel_kernel",
     } <= kernels
     assert len([k for k in kernels if not k.startswith("attention")]) >= 4, kernels
 

@@ -231,9 +231,9 @@ def plan_forward(call: _Call):
     return (out, lse), [] if out.numel() == 0 else _forward_launches(call, out, lse)
 
 
-def _forward(*call: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    q = call[0]
-    results, launches = plan_forward(_Call(*call, device_of(q)))
+def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    q = arguments[0]
+    results, launches = plan_forward(_Call(*arguments, device_of(q)))
     run(launches, q)
     return results
 
@@ -320,13 +320,14 @@ def plan_backward(call: _Call, grad, grad_lse, out, lse, need_dterm):
     return grads, partials, launches + more
 
 
-def _backward(saved, call: tuple[Any, ...], need_dterm: bool, count: int):
+def _backward(saved, arguments: tuple[Any, ...], need_dterm: bool, count: int):
     """dq, dk, dv and ``count`` gradients of the term, empty ones unless needed."""
-    call = _Call(*call, device_of(call[0]))
+    q = arguments[0]
+    call = _Call(*arguments, device_of(q))
     grads, partials, launches = plan_backward(call, *saved, need_dterm)
-    run(launches, call.q)
+    run(launches, q)
     if not need_dterm:
-        return (*grads, *(call.q.new_empty(0) for _ in range(count)))
+        return (*grads, *(q.new_empty(0) for _ in range(count)))
     return (*grads, *(call.term.zeros() if partials is None else call.term.finish(partials)))
 
 

@@ -183,12 +183,11 @@ def _operator(suffix: str, direction: str, overload: str) -> Any:
 
 def _reference_of(suffix: str, causal: bool, scale: float) -> Callable[..., Any]:
     """The reference as a function of the tensors of an operator."""
-    bias = _TERMS[suffix].bias
+    structured = _TERMS[suffix].bias
 
     def call(q, k, v, *tensors):
-        if bias is not None:
-            tensors = (bias(*tensors), None, None)
-        return reference(q, k, v, *tensors, causal, scale)
+        bias, cu_q, cu_k = (structured(*tensors), None, None) if structured else tensors
+        return reference(q, k, v, bias, cu_q, cu_k, causal, scale)
 
     return call
 
@@ -395,7 +394,12 @@ def flash_attention(
         >>> vitkit.flash_attention(*qkv.unbind(2)).shape
         torch.Size([2, 197, 12, 64])
     """
-    if backend == "auto" == backends.DEFAULT and scale is None and cu_seqlens_q is None:
+    if (
+        (bias is None or isinstance(bias, torch.Tensor))
+        and backend == "auto" == backends.DEFAULT
+        and scale is None
+        and cu_seqlens_q is None
+    ):
         try:
             if _library.is_plain_cpu_call(q) and not (
                 torch.is_grad_enabled()
@@ -427,8 +431,9 @@ def flash_attention(
     else:
         if plan.copy:
             q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-        structured = isinstance(bias, SCORE_BIASES)
-        term = bias.operands() if structured else (bias, cu_seqlens_q, cu_seqlens_k)
+        term: tuple[Any, ...] = (bias, cu_seqlens_q, cu_seqlens_k)
+        if isinstance(bias, SCORE_BIASES):
+            term = bias.operands()
         if torch.is_grad_enabled() and (
             q.requires_grad
             or k.requires_grad
