@@ -13,18 +13,33 @@ import vitkit
 
 @dataclass(frozen=True)
 class Sample:
-    """``make(device, dtype)`` returns (tensors by name, other keyword arguments) of ``public``."""
+    """``make(device, dtype)`` returns (tensors by name, other keyword arguments) of ``public``,
+    with the parts of its ``bias`` in place of a structured one."""
 
     op: str
     why: str
     make: Callable[[str, torch.dtype], tuple[dict[str, torch.Tensor], dict]]
+    bias: type | None = None
+    parts: tuple[str, ...] = ()  # of the bias
+    suffix: str = ""  # of the operators behind the op
 
     @property
     def public(self):
         return getattr(vitkit, self.op)
 
+    @property
+    def operator(self) -> str:
+        return self.op + self.suffix
+
     def __str__(self) -> str:
         return f"{self.op}-{self.why}"
+
+    def arguments(self, given: dict) -> dict:
+        """Of ``public``."""
+        if self.bias is None:
+            return given
+        bias = self.bias(*(given[n] for n in self.parts))
+        return {n: v for n, v in given.items() if n not in self.parts} | {"bias": bias}
 
     def differentiable(self, device, dtype):
         """(function of the floating tensors, those tensors)"""
@@ -33,9 +48,8 @@ class Sample:
         fixed = {n: t for n, t in tensors.items() if n not in names}
 
         def function(*values, backend="auto"):
-            return self.public(
-                **dict(zip(names, values, strict=True)), **fixed, **options, backend=backend
-            )
+            given = {**dict(zip(names, values, strict=True)), **fixed, **options}
+            return self.public(**self.arguments(given), backend=backend)
 
         return function, [tensors[n] for n in names]
 
@@ -61,13 +75,17 @@ def _attention(nq=5, nk=7, batch=2, heads=2, head_dim=8, bias=None, **options):
     return make
 
 
-def _dilated(n=21, heads=3, lengths=(8, 16), ratios=(1, 2), **options):
-    def make(device, dtype):
-        torch.manual_seed(0)
-        tensors = {name: _randn(device, dtype, 1, n, heads, 8) for name in "qkv"}
-        return tensors, {"segment_lengths": lengths, "dilation_ratios": ratios, **options}
+def _decomposed(device, dtype):
+    tensors, options = _attention(nk=6)(device, dtype)
+    rel = {"rel_h": _randn(device, dtype, 2, 2, 5, 2), "rel_w": _randn(device, dtype, 2, 2, 5, 3)}
+    return tensors | rel, options
 
-    return make
+
+def _distance(device, dtype):
+    tensors, options = _attention(return_lse=True)(device, dtype)
+    q, k = (_randn(device, torch.float32, 1, n, 2) for n in (5, 7))
+    q[0, 0] = float("nan")  # a token without a place
+    return tensors | {"slopes": _randn(device, dtype, 2)}, options | {"coords_q": q, "coords_k": k}
 
 
 def _packed(device, dtype):
@@ -131,12 +149,21 @@ SAMPLES = [
     Sample("flash_attention", "bool_mask", _attention(bias="mask", scale=0.5)),
     Sample("flash_attention", "causal_with_lse", _attention(nk=5, causal=True, return_lse=True)),
     Sample("flash_attention", "packed", _packed),
-    Sample("dilated_attention", "zeros_behind_the_tokens", _dilated()),
-    Sample("dilated_attention", "causal_with_lse", _dilated(causal=True, return_lse=True)),
     Sample(
-        "dilated_attention",
-        "drifting_segments",
-        _dilated(lengths=(5, 9), ratios=(1, 4), alignment="torchscale"),
+        "flash_attention",
+        "decomposed_bias",
+        _decomposed,
+        vitkit.DecomposedBias,
+        ("rel_h", "rel_w"),
+        "_decomposed",
+    ),
+    Sample(
+        "flash_attention",
+        "distance_bias",
+        _distance,
+        vitkit.DistanceBias,
+        ("slopes", "coords_q", "coords_k"),
+        "_distance",
     ),
     Sample("group_norm_silu", "affine", _group_norm()),
     Sample(

@@ -25,6 +25,7 @@ MODULES = [
     "vitkit.nn.norm",
     "vitkit.nn.window",
     "vitkit.patch.engine",
+    "vitkit.score_bias",
     "vitkit.verify",
 ]
 

@@ -32,7 +32,7 @@ def usable(sample, backend, function, values):
 
 def dict_of(sample, values):
     tensors, options = sample.make(str(values[0].device.type), values[0].dtype)
-    return {**tensors, **options}
+    return sample.arguments({**tensors, **options})
 
 
 def loss(outputs):
@@ -124,7 +124,8 @@ def test_compiled_training_step(sample, device):
     loss(function(*expected, backend=device)).backward()
     for got, want in zip(leaves, expected, strict=True):
         torch.testing.assert_close(got.grad, want.grad)
-    assert called == [f"vitkit.{sample.op}_fwd.default", f"vitkit.{sample.op}_bwd.default"]
+    names = [f"vitkit.{sample.operator}_{direction}.default" for direction in ("fwd", "bwd")]
+    assert called == names
 
 
 @every_sample
@@ -141,7 +142,7 @@ def test_export(sample, device):
     torch.export.save(program, buffer)
     buffer.seek(0)
     loaded = torch.export.load(buffer)
-    assert f"vitkit.{sample.op}_fwd" in loaded.graph_module.code
+    assert f"vitkit.{sample.operator}_fwd" in loaded.graph_module.code
     torch.testing.assert_close(loaded.module()(*values), function(*values, backend=device))
 
 

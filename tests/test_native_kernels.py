@@ -122,6 +122,22 @@ MUTANTS = {
         "dilated_attention", "amx-emulated", "attention/dilated_map.h",
         "load_partial(to.data, n) + v", "v",
     ),
+    "a row of the grid that a chunk cuts starts at its first column": (
+        "attention_forward", "amx-emulated", "attention/structured_bias.h",
+        "load_base2(w + first, run, columns)", "load_base2(w, run, columns)",
+    ),
+    "a token without a place poisons its row": (
+        "attention_forward", "avx512-emulated", "attention/structured_bias.h",
+        "max(fma(dx, dx, dy * dy), f32v{})", "fma(dx, dx, dy * dy)",
+    ),
+    "the gradient of rel_w forgets the end of a row of the grid": (
+        "attention_backward", "amx-emulated", "attention/structured_bias.h",
+        "to[c] += ds[c];", "",
+    ),
+    "the gradient of a slope has the wrong sign": (
+        "attention_backward", "avx512-emulated", "attention/structured_bias.h",
+        "sums[i] -= reduce_add(sum)", "sums[i] += reduce_add(sum)",
+    ),
     "deviations are taken from half the mean": (
         "group_norm_silu", "avx512-emulated", "norm/statistics.h", "const f32v m = splat(mean);",
         "const f32v m = splat(mean / 2);",

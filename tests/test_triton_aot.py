@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 CALLS = (
     "siglip_head_dim_72",
     "beit_learned_bias",
+    "sam_b_global",
     "swin_t_window_7",
     "swin_v2_window_16",
     "gigapath_10k",
@@ -60,8 +61,8 @@ def test_machine_code(rows):
         assert row["spills"] <= 16, f"{name}: {row['spills']} spills"
         assert (row["matmul"] > 0) == row["expects_matmul"], f"{name}: matrix instructions"
         # Rows of a [197, 197] bias begin at odd addresses: two bytes a load. A window's table is
-        # gathered: four.
-        terms = ("beit_learned_bias", "swin_t_window_7", "swin_v2_window_16")
+        # gathered: four. Of rel_h a tile needs one number per query.
+        terms = ("beit_learned_bias", "sam_b_global", "swin_t_window_7", "swin_v2_window_16")
         narrow = row["spec"] in terms or not row["expects_matmul"]
         assert narrow or row["wide"] * 2 >= row["loads"], (
             f"{name}: {row['wide']} of {row['loads']} loads are 8 bytes and more"
@@ -80,6 +81,7 @@ def test_every_kernel_is_compiled(rows):
         "window_bwd_kernel",
         "window_dtable_kernel",
         "window_dtable_sum_kernel",
+        "attention_drel_kernel",
     } <= kernels
     assert len([k for k in kernels if k.startswith("group_norm")]) >= 4, kernels
 
@@ -102,9 +104,10 @@ def test_every_head_dim_has_a_tile_on_every_architecture():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for head_dim in range(8, 257, 8):
                 for table in tables:
-                    for n, term in product((1, 17, 197, 4096), (False, True)):
+                    kinds = ((False, False), (True, False), (True, True))
+                    for n, term in product((1, 17, 197, 4096), kinds):
                         device = Device.typical(arch)
-                        tile = tiles.pick_tile(table, device, dtype, head_dim, n, n, term)
+                        tile = tiles.pick_tile(table, device, dtype, head_dim, n, n, *term)
                         assert tile.block_m >= 16 and tile.block_n >= 16
     with pytest.raises(NotImplementedError, match="no tile for head dim 264"):
         tiles.pick_tile(tiles.FORWARD, Device.typical("sm90"), torch.float16, 264, 1, 1, False)

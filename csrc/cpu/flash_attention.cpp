@@ -35,13 +35,7 @@ void run_blocks(const FlashForwardKernels& kernels, const FlashForward& p, int64
   });
 }
 
-std::tuple<Tensor, Tensor> flash_attention_fwd(Tensor q, Tensor k, Tensor v,
-                                               std::optional<Tensor> bias,
-                                               std::optional<Tensor> cu_seqlens_q,
-                                               std::optional<Tensor> cu_seqlens_k, bool causal,
-                                               double scale) {
-  const AttentionArguments arguments("flash_attention", q, k, v, bias, cu_seqlens_q, cu_seqlens_k,
-                                     causal, scale);
+std::tuple<Tensor, Tensor> attend(const Tensor& q, const AttentionArguments& arguments) {
   const AttentionInputs& in = arguments.in;
   const bool packed = arguments.packed();
   Tensor out = torch::stable::new_empty(q, q.sizes());
@@ -86,9 +80,38 @@ std::tuple<Tensor, Tensor> flash_attention_fwd(Tensor q, Tensor k, Tensor v,
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor> flash_attention_fwd(Tensor q, Tensor k, Tensor v,
+                                               std::optional<Tensor> bias,
+                                               std::optional<Tensor> cu_seqlens_q,
+                                               std::optional<Tensor> cu_seqlens_k, bool causal,
+                                               double scale) {
+  return attend(q, AttentionArguments("flash_attention", q, k, v, bias, cu_seqlens_q, cu_seqlens_k,
+                                      causal, scale));
+}
+
+std::tuple<Tensor, Tensor> flash_attention_decomposed_fwd(Tensor q, Tensor k, Tensor v,
+                                                          Tensor rel_h, Tensor rel_w, bool causal,
+                                                          double scale) {
+  constexpr const char* op = "flash_attention_decomposed";
+  AttentionArguments arguments(op, q, k, v, causal, scale);
+  arguments.add_decomposed_bias(op, rel_h, rel_w);
+  return attend(q, arguments);
+}
+
+std::tuple<Tensor, Tensor> flash_attention_distance_fwd(Tensor q, Tensor k, Tensor v, Tensor slopes,
+                                                        Tensor coords_q, Tensor coords_k,
+                                                        bool causal, double scale) {
+  constexpr const char* op = "flash_attention_distance";
+  AttentionArguments arguments(op, q, k, v, causal, scale);
+  arguments.add_distance_bias(op, slopes, coords_q, coords_k);
+  return attend(q, arguments);
+}
+
 }  // namespace
 }  // namespace vitkit::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(vitkit, CPU, m) {
   m.impl("flash_attention_fwd", TORCH_BOX(&vitkit::cpu::flash_attention_fwd));
+  m.impl("flash_attention_decomposed_fwd", TORCH_BOX(&vitkit::cpu::flash_attention_decomposed_fwd));
+  m.impl("flash_attention_distance_fwd", TORCH_BOX(&vitkit::cpu::flash_attention_distance_fwd));
 }

@@ -1,8 +1,9 @@
-// flash_attention forward: strided maps, no term or a dense one.
+// flash_attention forward: strided maps, any score term.
 #include "flash_attention.h"
 
 #include "attention/forward_amx.h"
 #include "attention/forward_float32.h"
+#include "attention/structured_bias.h"
 
 namespace vitkit::cpu::VITKIT_ISA {
 namespace {
@@ -73,11 +74,18 @@ Part part_at(const FlashForward& p, int64_t item, int64_t end, int64_t max_heads
 DenseTerm make_term(const FlashForward& p, int64_t b, int64_t h, DenseTerm*) {
   return dense_term(p.in.bias, b, h);
 }
+DecomposedTerm make_term(const FlashForward& p, int64_t b, int64_t h, DecomposedTerm*) {
+  return decomposed_term(p.in.decomposed, b, h);
+}
+DistanceTerm make_term(const FlashForward& p, int64_t b, int64_t h, DistanceTerm*) {
+  return distance_term(p.in.distance, b, h);
+}
 NoTerm make_term(const FlashForward&, int64_t, int64_t, NoTerm*) { return {}; }
 
 template <typename Compute, typename Term>
 void run_with(const FlashForward& p, int64_t begin, int64_t end, void* scratch) {
   using T = typename Compute::Element;
+  static_assert(Compute::kSingleChunk <= kMostRowKeys && Compute::kChunk <= kMostRowKeys);
   const Workspace<Compute> workspace(static_cast<char*>(scratch), p.in.head_dim, p.max_nk,
                                      p.in.heads);
   for (int64_t item = begin; item < end;) {
@@ -103,6 +111,10 @@ struct Run {
   static void run(const FlashForward& p, int64_t begin, int64_t end, void* scratch) {
     if (p.in.bias.data)
       run_with<Compute, DenseTerm>(p, begin, end, scratch);
+    else if (p.in.decomposed.rel_h)
+      run_with<Compute, DecomposedTerm>(p, begin, end, scratch);
+    else if (p.in.distance.slopes)
+      run_with<Compute, DistanceTerm>(p, begin, end, scratch);
     else
       run_with<Compute, NoTerm>(p, begin, end, scratch);
   }

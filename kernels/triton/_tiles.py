@@ -30,6 +30,7 @@ class Row(NamedTuple):
     tile: Tile
     reason: str
     plain: bool = False  # only without a score term
+    loaded: bool = False  # not with a score term that is computed, in float32
 
 
 NVIDIA = "sm80 sm86 sm90 sm100"
@@ -37,13 +38,13 @@ INTERPRETER = Row("cpu", 4, 256, Tile(32, 32, 4, 1), "interpreter: several tiles
 
 FORWARD: tuple[Row, ...] = (
     INTERPRETER,
-    Row("sm80 sm86", 2, 80, Tile(128, 64, 4, 3), "32 rows a warp, 11 instructions an element"),
+    Row("sm80 sm86", 2, 80, Tile(128, 64, 4, 3), "32 rows a warp, 11 instructions", loaded=True),
     Row("sm80 sm86", 2, 128, Tile(128, 64, 8, 2), "252 registers, 80 KB; 4 warps: 36 hot spills"),
     Row("sm80", 2, 192, Tile(128, 64, 8, 2), "255 registers, 112 KB"),
     Row("sm80", 2, 256, Tile(128, 32, 8, 2), "255 registers, 104 KB; 64 x 64: 14 hot spills"),
     Row("sm86", 2, 192, Tile(64, 64, 4, 2), "255 registers, 80 KB; 128 rows take 112"),
     Row("sm86", 2, 256, Tile(64, 32, 4, 2), "255 registers, 72 KB; 64 keys take 112"),
-    Row("sm90", 2, 80, Tile(128, 64, 4, 3), "216 to 255 registers, 64 to 112 KB: 2 blocks a unit"),
+    Row("sm90", 2, 80, Tile(128, 64, 4, 3), "216 to 255 registers, 64 to 112 KB", loaded=True),
     Row("sm90", 2, 192, Tile(128, 64, 8, 3), "179 to 254 registers; 4 warps: 21 hot spills"),
     Row("sm90", 2, 256, Tile(128, 64, 8, 2), "241 to 254 registers; 3 stages take 288 KB"),
     Row("sm100", 2, 192, Tile(128, 64, 8, 3), "138 to 210 registers; 128 keys spill with a term"),
@@ -184,7 +185,12 @@ def ragged_tile(n: int, block: int) -> int:
 
 
 def _fitting(
-    table: tuple[Row, ...], device: Device, dtype: torch.dtype, head_dim: int, term: bool
+    table: tuple[Row, ...],
+    device: Device,
+    dtype: torch.dtype,
+    head_dim: int,
+    term: bool,
+    computed: bool = False,
 ) -> Tile | None:
     size = 4 if device.arch == "cpu" else dtype.itemsize
     fitting = (
@@ -194,6 +200,7 @@ def _fitting(
         and row.itemsize == size
         and head_dim <= row.head_dim
         and not (term and row.plain)
+        and not (computed and row.loaded)
     )
     return next(fitting, None)
 
@@ -206,9 +213,10 @@ def pick_tile(
     n_q: int,
     n_k: int,
     term: bool,
+    computed: bool = False,
 ) -> Tile:
-    """The table's tile, cut down to short sequences."""
-    tile = _fitting(table, device, dtype, head_dim, term)
+    """The table's tile, cut down to short sequences. computed: the term is, in registers."""
+    tile = _fitting(table, device, dtype, head_dim, term, computed)
     if tile is None:
         raise NotImplementedError(
             f"flash_attention: no tile for head dim {head_dim} in {dtype} on {device.arch}"

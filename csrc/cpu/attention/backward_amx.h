@@ -272,7 +272,7 @@ class AmxGradient {
         if constexpr (Term::kNone)
           row([](f32v x, int64_t, int) { return x; });
         else
-          term.row(b.q0 + i, b.k0 + t * kTileK, row);
+          term.row(b.q0 + i, b.k0 + t * kTileK, smaller(n, kTileK), row);
         if constexpr (!Sink::kNone)
           give(sink, b.q0 + i, b.k0 + t * kTileK, smaller(n, kTileK), ds[i - r]);
       }

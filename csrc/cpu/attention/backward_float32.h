@@ -147,7 +147,8 @@ class Float32Gradient {
       if constexpr (Term::kNone)
         differentiate(row, scale * kLog2e, [](f32v x, int64_t, int) { return x; });
       else
-        term.row(b.q0 + r, b.k0, [&](const auto& add) { differentiate(row, scale * kLog2e, add); });
+        term.row(b.q0 + r, b.k0, n,
+                 [&](const auto& add) { differentiate(row, scale * kLog2e, add); });
       if constexpr (!Sink::kNone) sink.add(b.q0 + r, b.k0, n, row.ds);
     }
   }

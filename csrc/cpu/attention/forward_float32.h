@@ -100,12 +100,12 @@ class Float32Compute {
     for (int64_t r = 0; r < b.rows; ++r) {
       float* s = scores_ + r * score_stride_;
       const int64_t i = b.first_row + r, keys = visible(map, i, c);
-      float top;
+      float top = -INFINITY;
       if constexpr (Term::kNone) {
         top = row_max(s, keys);
         top = top == -INFINITY ? top : top * scale;
       } else {
-        term.row(i, c.first_key, [&](const auto& add) {
+        term.row(i, c.first_key, keys, [&](const auto& add) {
           top = row_map_max(s, keys, [&](f32v x, int64_t j, int lanes) {
             return add(x * splat(scale), j, lanes);
           });
