@@ -25,6 +25,7 @@ KERNELS = {
     "attention_forward": ("flash_attention_kernel.cpp",),
     "attention_backward": ("flash_attention_bwd_kernel.cpp",),
     "group_norm_silu": ("group_norm_silu_kernel.cpp", "scratch.cpp"),
+    "window_attention": ("window_attention_kernel.cpp", "window_attention_bwd_kernel.cpp"),
 }
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 LANES = ["-DVITKIT_SIMD_LANES=16", "-Wno-maybe-uninitialized"]
@@ -112,6 +113,14 @@ MUTANTS = {
     ),
     "sums of dK and dV are stored unturned": (
         "attention_backward", "amx-emulated", "attention/backward_amx.h", "transpose16(v);\n", "",
+    ),
+    "every region of a shifted window has the mask of the first": (
+        "window_attention", "avx512-emulated", "attention/window_map.h",
+        "mask_ + region * mask_stride_", "mask_",
+    ),
+    "a row of the table's gradient replaces the one before": (
+        "window_attention", "amx-emulated", "attention/window_term.h",
+        "load(to + j) + load(ds + j)", "load(ds + j)",
     ),
     "deviations are taken from half the mean": (
         "group_norm_silu", "avx512-emulated", "norm/statistics.h", "const f32v m = splat(mean);",
