@@ -26,6 +26,7 @@ KERNELS = {
     "attention_backward": ("flash_attention_bwd_kernel.cpp",),
     "dilated_attention": ("dilated_attention_kernel.cpp", "dilated_attention_bwd_kernel.cpp"),
     "group_norm_silu": ("group_norm_silu_kernel.cpp", "scratch.cpp"),
+    "window_attention": ("window_attention_kernel.cpp", "window_attention_bwd_kernel.cpp"),
 }
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 LANES = ["-DVITKIT_SIMD_LANES=16", "-Wno-maybe-uninitialized"]
@@ -137,6 +138,14 @@ MUTANTS = {
     "the gradient of a slope has the wrong sign": (
         "attention_backward", "avx512-emulated", "attention/structured_bias.h",
         "sums[i] -= reduce_add(sum)", "sums[i] += reduce_add(sum)",
+    ),
+    "every region of a shifted window has the mask of the first": (
+        "window_attention", "avx512-emulated", "attention/window_map.h",
+        "mask_ + region * mask_stride_", "mask_",
+    ),
+    "a row of the table's gradient replaces the one before": (
+        "window_attention", "amx-emulated", "attention/window_term.h",
+        "load(to + j) + load(ds + j)", "load(ds + j)",
     ),
     "deviations are taken from half the mean": (
         "group_norm_silu", "avx512-emulated", "norm/statistics.h", "const f32v m = splat(mean);",

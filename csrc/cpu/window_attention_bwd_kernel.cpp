@@ -84,7 +84,10 @@ class Run {
         compute_(arena_, p.in.head_dim, grid_.key_range),
         sums_(arena_.take<float>(Compute::sums_floats(p.in.head_dim, places(), places()))),
         window_(arena_, p.in) {
-    if (p.in.logit_scale) cosine_ = CosineFactors(arena_, places());
+    if (p.in.logit_scale) {
+      cosine_ = CosineFactors(arena_, places());
+      residue_ = arena_.take<float>(places());
+    }
     if (p.in.logit_scale || !p.in.grid.divides())
       staged_ = arena_.take<float>(3 * places() * p.in.head_dim);
     bytes = arena_.next - scratch;
@@ -127,7 +130,10 @@ class Run {
     static_cast<WindowMap<T>&>(map) = window_map<T>(p_.in, window_, h, p_.out, p_.lse);
     map.grad = reinterpret_cast<const T*>(p_.grad) + h * head_dim();
     map.head_dim = head_dim();
-    if (p_.in.logit_scale) cosine_.set(map, p_.in.logit_scale[h], head_dim());
+    if (p_.in.logit_scale) {
+      cosine_.set(map, p_.in.logit_scale[h], head_dim());
+      std::memset(residue_, 0, size_t(places()) * sizeof(float));
+    }
     if (!p_.in.logit_scale && !window_.has_pads()) {
       multiply(FinalMap<T>{map, reinterpret_cast<T*>(p_.dqkv) + h * head_dim()}, part, h);
       return;
@@ -142,7 +148,7 @@ class Run {
   template <typename Map>
   void multiply(const Map& map, int64_t part, int64_t h) {
     const WindowTerm term{&window_, p_.in.bias + h * p_.in.bias_stride, cosine_};
-    const WindowSink sink{&window_, dbias(part, h), cosine_};
+    const WindowSink sink{&window_, dbias(part, h), cosine_, residue_};
     const BackwardGrid g = backward_grid<Compute>(head_dim(), false, map.nq, map.nk);
     compute_.attach(sums_, map.nq, map.nk);
     const Backward<Compute, Map, WindowTerm, WindowSink> backward(map, term, sink, p_.in.scale,
@@ -159,11 +165,23 @@ class Run {
   void finish_queries(const StagedMap<T>& map, int64_t part, int64_t h) const {
     float along = 0.f;
     for (int64_t i = 0; i < map.nq; ++i) {
-      if (p_.in.logit_scale) along += project(map.q_row(i), map.dq_row(i), head_dim());
+      if (p_.in.logit_scale)
+        along += project(map.q_row(i), map.dq_row(i), head_dim()) -
+                 residue_[i] * typical_cosine(*map.lse(i), h);
       write_row(map.dq_row(i), head_dim(), 1.f, dqkv_row(window_.query[i].token, 0, h));
     }
     const bool clamped = p_.in.logit_scale && p_.in.logit_scale[h] > kMaxLogitScale;
     if (p_.sums.logit && !clamped) p_.sums.logit[head_at(part, h)] += along;
+  }
+
+  // The gradients of a row of scores sum to zero, but for the rounding of `out` in delta. That
+  // residue times the mean of the row's scaled cosines would be most of the error of dlogit_scale
+  // where the gain is large; the mean is near lse without the bias.
+  float typical_cosine(float lse, int64_t h) const {
+    const float gain = cosine_gain(p_.in.logit_scale[h]);
+    const float* bias = p_.in.bias + h * p_.in.bias_stride;
+    const float mean = lse - bias[unfolded_row(p_.in.grid, 0, 0)] * kLn2;
+    return mean < -gain ? -gain : (mean > gain ? gain : mean);
   }
 
   void finish_keys(const StagedMap<T>& map, int64_t part, int64_t h) const {
@@ -194,7 +212,7 @@ class Run {
   float* sums_;
   Window window_;
   CosineFactors cosine_;
-  float* staged_ = nullptr;
+  float *staged_ = nullptr, *residue_ = nullptr;
 };
 
 // f(Gradient*) with the arithmetic for a type.

@@ -23,6 +23,10 @@ VITKIT_INLINE float length(const T* row, int64_t n) {
   return __builtin_sqrtf(dot(row, row, n));
 }
 
+VITKIT_INLINE float cosine_gain(float logit_scale) {
+  return __builtin_expf(logit_scale > kMaxLogitScale ? kMaxLogitScale : logit_scale);
+}
+
 // Of one head of a window: gain / |q_i| of its queries and 1 / |k_j| of its keys, zero behind them.
 struct CosineFactors {
   float *q = nullptr, *k = nullptr;
@@ -33,7 +37,7 @@ struct CosineFactors {
 
   template <typename Map>
   void set(const Map& map, float logit_scale, int64_t head_dim) const {
-    const float gain = __builtin_expf(logit_scale > kMaxLogitScale ? kMaxLogitScale : logit_scale);
+    const float gain = cosine_gain(logit_scale);
     const auto inverse = [&](float x) { return 1.f / (x < kMinNorm ? kMinNorm : x); };
     for (int64_t i = 0; i < map.nq; ++i) q[i] = gain * inverse(length(map.q_row(i), head_dim));
     for (int64_t j = 0; j < map.nk; ++j) k[j] = inverse(length(map.k_row(j), head_dim));
@@ -77,6 +81,8 @@ struct WindowSink {
   const Window* window;
   float* bias;  // null: no gradient
   CosineFactors cosine;
+  float* residue =
+      nullptr;  // of each query: the sum of its row, zero but for rounding; with cosine
 
   void add(int64_t i, int64_t j0, int64_t n, float* ds) const {
     if (bias) {
@@ -85,8 +91,12 @@ struct WindowSink {
     }
     if (!cosine.q) return;
     const f32v factor = splat(cosine.q[i]);
-    for (int64_t j = 0; j < n; j += kLanes)
+    f32v sum = {};
+    for (int64_t j = 0; j < n; j += kLanes) {
+      sum += load(ds + j);
       store(ds + j, load(ds + j) * factor * load(cosine.k + j0 + j));
+    }
+    residue[i] += reduce_add(sum);
   }
 };
 
