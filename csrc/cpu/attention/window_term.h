@@ -52,7 +52,7 @@ struct WindowTerm {
   CosineFactors cosine;
 
   template <typename Body>
-  void row(int64_t i, int64_t j0, const Body& body) const {
+  void row(int64_t i, int64_t j0, int64_t, const Body& body) const {
     const WindowQuery& query = window->query[i];
     const float* b = bias + query.bias + j0;
     const float* m = query.mask ? query.mask + j0 : nullptr;
