@@ -65,6 +65,7 @@ VITKIT_INLINE int64_t visible(const Map& map, int64_t i, const Chunk& c) {
 }
 
 // The shift of a row that attends nothing so far.
+VITKIT_INLINE float finite_shift(float shift) { return shift == -INFINITY ? 0.f : shift; }
 VITKIT_INLINE f32v finite_shift(f32v shift) { return shift == -INFINITY ? f32v{} : shift; }
 
 struct WorkspaceSizes {
@@ -176,16 +177,19 @@ class Forward {
   }
 
   void finish(const Map& map, const Block& b) const {
-    for (int64_t r = 0; r < b.rows; ++r) {
-      const float sum = tiling_.chunks ? w_.sum[b.at + r] : 0.f;
-      T* out = map.out_row(b.first_row + r);
-      float* lse = map.lse(b.first_row + r);
-      if (sum == 0.f) {
-        std::memset(out, 0, w_.sizes.head_dim * sizeof(T));
-        *lse = -INFINITY;
-      } else {
-        w_.compute.write_row(b.at + r, 1.f / sum, out);
-        *lse = w_.shift[b.at + r] * kLn2 + __builtin_logf(sum);
+    for (int64_t r = 0; r < b.rows; r += kLanes) {
+      const f32v sums = tiling_.chunks ? load(w_.sum + b.at + r) : f32v{};
+      alignas(64) float factor[kLanes], lse[kLanes];
+      store(factor, sums == 0.f ? f32v{} : 1.f / sums);
+      store(lse, log_of_sum(load(w_.shift + b.at + r), sums));
+      for (int64_t l = 0; l < kLanes && r + l < b.rows; ++l) {
+        const int64_t i = b.first_row + r + l;
+        const bool attends = factor[l] != 0.f;
+        if (attends)
+          w_.compute.write_row(b.at + r + l, factor[l], map.out_row(i));
+        else
+          std::memset(map.out_row(i), 0, w_.sizes.head_dim * sizeof(T));
+        *map.lse(i) = attends ? lse[l] : -INFINITY;
       }
     }
   }

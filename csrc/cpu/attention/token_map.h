@@ -3,6 +3,8 @@
 //   nq, nk, causal                      queries, keys; whether query i attends only keys j <= i
 //   q_row(i), k_row(j), v_row(j)        pointers to head_dim elements
 //   out_row(i), lse(i)                  where the result of query i goes
+// and may have
+//   fetch_ahead()                       called now and then: fetches rows that will be needed later
 // The core (forward.h) knows nothing else about a layout.
 #pragma once
 
@@ -10,6 +12,11 @@
 #include "simd.h"
 
 namespace vitkit::cpu::VITKIT_ISA {
+
+template <typename Map>
+VITKIT_INLINE void fetch_ahead(const Map& map) {
+  if constexpr (requires { map.fetch_ahead(); }) map.fetch_ahead();
+}
 
 // Rows a fixed stride apart: dense batches and packed sequences.
 template <typename T>
