@@ -83,7 +83,7 @@ class Run {
         arena_{scratch},
         compute_(arena_, p.in.head_dim, grid_.key_range),
         sums_(arena_.take<float>(Compute::sums_floats(p.in.head_dim, places(), places()))),
-        window_(arena_, p.in) {
+        windows_{Window(arena_, p.in), Window(arena_, p.in)} {
     if (p.in.logit_scale) {
       cosine_ = CosineFactors(arena_, places());
       residue_ = arena_.take<float>(places());
@@ -98,9 +98,17 @@ class Run {
     for (int64_t h = begin; h < end; ++h) clear(part, h);
     const int64_t windows = p_.in.batch * p_.in.grid.windows();
     const int64_t first = windows * part / p_.parts, last = windows * (part + 1) / p_.parts;
+    windows_[first % 2].move_to(first);
     for (int64_t w = first; w < last; ++w) {
-      window_.move_to(w);
-      for (int64_t h = begin; h < end; ++h) differentiate(part, h);
+      const bool more = w + 1 < last;
+      if (more) windows_[(w + 1) % 2].move_to(w + 1);
+      for (int64_t h = begin; h < end; ++h) {
+        WindowAhead<T> ahead;
+        if (h + 1 < end || more)
+          ahead = {p_.in, windows_[(h + 1 < end ? w : w + 1) % 2], h + 1 < end ? h + 1 : begin,
+                   p_.out, p_.grad};
+        differentiate(windows_[w % 2], part, h, &ahead);
+      }
     }
   }
 
@@ -125,16 +133,17 @@ class Run {
     if (p_.sums.logit) p_.sums.logit[head_at(part, h)] = 0.f;
   }
 
-  void differentiate(int64_t part, int64_t h) {
+  void differentiate(const Window& window, int64_t part, int64_t h, WindowAhead<T>* ahead) {
     WindowGradMap<T> map;
-    static_cast<WindowMap<T>&>(map) = window_map<T>(p_.in, window_, h, p_.out, p_.lse);
+    static_cast<WindowMap<T>&>(map) = window_map<T>(p_.in, window, h, p_.out, p_.lse);
+    map.ahead = ahead;
     map.grad = reinterpret_cast<const T*>(p_.grad) + h * head_dim();
     map.head_dim = head_dim();
     if (p_.in.logit_scale) {
       cosine_.set(map, p_.in.logit_scale[h], head_dim());
       std::memset(residue_, 0, size_t(places()) * sizeof(float));
     }
-    if (!p_.in.logit_scale && !window_.has_pads()) {
+    if (!p_.in.logit_scale && !window.has_pads()) {
       multiply(FinalMap<T>{map, reinterpret_cast<T*>(p_.dqkv) + h * head_dim()}, part, h);
       return;
     }
@@ -147,8 +156,8 @@ class Run {
 
   template <typename Map>
   void multiply(const Map& map, int64_t part, int64_t h) {
-    const WindowTerm term{&window_, p_.in.bias + h * p_.in.bias_stride, cosine_};
-    const WindowSink sink{&window_, dbias(part, h), cosine_, residue_};
+    const WindowTerm term{map.window, p_.in.bias + h * p_.in.bias_stride, cosine_};
+    const WindowSink sink{map.window, dbias(part, h), cosine_, residue_};
     const BackwardGrid g = backward_grid<Compute>(head_dim(), false, map.nq, map.nk);
     compute_.attach(sums_, map.nq, map.nk);
     const Backward<Compute, Map, WindowTerm, WindowSink> backward(map, term, sink, p_.in.scale,
@@ -168,7 +177,7 @@ class Run {
       if (p_.in.logit_scale)
         along += project(map.q_row(i), map.dq_row(i), head_dim()) -
                  residue_[i] * typical_cosine(*map.lse(i), h);
-      write_row(map.dq_row(i), head_dim(), 1.f, dqkv_row(window_.query[i].token, 0, h));
+      write_row(map.dq_row(i), head_dim(), 1.f, dqkv_row(map.window->query[i].token, 0, h));
     }
     const bool clamped = p_.in.logit_scale && p_.in.logit_scale[h] > kMaxLogitScale;
     if (p_.sums.logit && !clamped) p_.sums.logit[head_at(part, h)] += along;
@@ -188,8 +197,8 @@ class Run {
     float* pad = dpad(part, h);
     for (int64_t j = 0, i = 0; j < map.nk; ++j) {
       if (p_.in.logit_scale) project(map.k_row(j), map.dk_row(j), head_dim());
-      if (window_.qkv[j] >= 0) {
-        const int64_t token = window_.query[i++].token;
+      if (map.window->qkv[j] >= 0) {
+        const int64_t token = map.window->query[i++].token;
         write_row(map.dk_row(j), head_dim(), 1.f, dqkv_row(token, 1, h));
         write_row(map.dv_row(j), head_dim(), 1.f, dqkv_row(token, 2, h));
       } else if (pad) {
@@ -210,7 +219,7 @@ class Run {
   Arena arena_;
   Compute compute_;
   float* sums_;
-  Window window_;
+  Window windows_[2];  // the present one and the next
   CosineFactors cosine_;
   float *staged_ = nullptr, *residue_ = nullptr;
 };

@@ -1,4 +1,4 @@
-// window_attention forward: the heads of a window together, its places computed once.
+// window_attention forward: one head of a window at a time, while the rows of the next are fetched.
 #include "attention/forward_amx.h"
 #include "attention/forward_float32.h"
 #include "attention/window_term.h"
@@ -11,22 +11,21 @@ class Run {
  public:
   Run(const WindowForward& p, char* scratch)
       : p_(p),
-        workspace_(scratch, p.in.head_dim, p.in.grid.places(), p.in.heads),
+        workspace_(scratch, p.in.head_dim, p.in.grid.places(), 1),
         arena_{scratch + workspace_.bytes},
-        window_(arena_, p.in) {
-    for (int64_t i = 0; p.in.logit_scale && i < workspace_.sweep_heads; ++i)
-      cosine_[i] = CosineFactors(arena_, p.in.grid.places());
+        windows_{Window(arena_, p.in), Window(arena_, p.in)} {
+    if (p.in.logit_scale) cosine_ = CosineFactors(arena_, p.in.grid.places());
     bytes = arena_.next - scratch;
   }
 
   void run(int64_t begin, int64_t end) {
     const int64_t heads = p_.in.heads;
-    for (int64_t item = begin; item < end;) {
-      const int64_t h = item % heads;
-      if (item == begin || h == 0) window_.move_to(item / heads);
-      const int64_t count = smaller(smaller(heads - h, end - item), workspace_.sweep_heads);
-      attend(h, count);
-      item += count;
+    window_of(begin).move_to(begin / heads);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t next = item + 1 < end ? item + 1 : item;
+      if (next / heads != item / heads) window_of(next).move_to(next / heads);
+      WindowAhead<T> ahead(p_.in, window_of(next), next % heads);
+      attend(window_of(item), item % heads, &ahead);
     }
   }
 
@@ -35,24 +34,23 @@ class Run {
  private:
   using T = typename Compute::Element;
 
-  void attend(int64_t first, int64_t count) const {
-    Head<WindowMap<T>, WindowTerm> heads[kMaxSweepHeads];
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t h = first + i;
-      heads[i].map = window_map<T>(p_.in, window_, h, p_.out, p_.lse);
-      heads[i].term = {&window_, p_.in.bias + h * p_.in.bias_stride, cosine_[i]};
-      if (p_.in.logit_scale) cosine_[i].set(heads[i].map, p_.in.logit_scale[h], p_.in.head_dim);
-    }
-    const Tiling t = tiling<Compute>(window_.queries, window_.places());
-    Forward<Compute, WindowMap<T>, WindowTerm>(heads, count, p_.in.scale, workspace_)
-        .run(0, t.blocks);
+  Window& window_of(int64_t item) { return windows_[item / p_.in.heads % 2]; }
+
+  void attend(const Window& window, int64_t h, WindowAhead<T>* ahead) const {
+    Head<WindowMap<T>, WindowTerm> head;
+    head.map = window_map<T>(p_.in, window, h, p_.out, p_.lse);
+    head.map.ahead = ahead;
+    head.term = {&window, p_.in.bias + h * p_.in.bias_stride, cosine_};
+    if (p_.in.logit_scale) cosine_.set(head.map, p_.in.logit_scale[h], p_.in.head_dim);
+    const Tiling t = tiling<Compute>(window.queries, window.places());
+    Forward<Compute, WindowMap<T>, WindowTerm>(&head, 1, p_.in.scale, workspace_).run(0, t.blocks);
   }
 
   const WindowForward& p_;
   Workspace<Compute> workspace_;
   Arena arena_;
-  Window window_;
-  CosineFactors cosine_[kMaxSweepHeads];
+  Window windows_[2];  // the present one and the next
+  CosineFactors cosine_;
 };
 
 // f(Compute*) with the arithmetic for a type.

@@ -128,6 +128,7 @@ class Float32Gradient {
         const int64_t tile = tile_rows(b.rows - r);
         if (visible(map, b, r + tile - 1) <= p * kPanel) continue;
         b.fetch_ahead(map);
+        fetch_ahead(map);
         gemm_rows<false, Epilogue::overwrite>(tile, vecs, head_dim_, rows + r * row_stride_,
                                               row_stride_, keys_transposed + p * kPanel * head_dim_,
                                               to + r * score_stride_ + p * kPanel, score_stride_);

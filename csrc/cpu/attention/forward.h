@@ -65,6 +65,7 @@ VITKIT_INLINE int64_t visible(const Map& map, int64_t i, const Chunk& c) {
 }
 
 // The shift of a row that attends nothing so far.
+VITKIT_INLINE float finite_shift(float shift) { return shift == -INFINITY ? 0.f : shift; }
 VITKIT_INLINE f32v finite_shift(f32v shift) { return shift == -INFINITY ? f32v{} : shift; }
 
 struct WorkspaceSizes {
@@ -176,24 +177,35 @@ class Forward {
   }
 
   void finish(const Map& map, const Block& b) const {
-    for (int64_t r = 0; r < b.rows; ++r) {
-      const int64_t i = b.first_row + r;
-      const bool any = tiling_.chunks && w_.sum[b.at + r] != 0.f;
-      float sum = any ? w_.sum[b.at + r] : 0.f, factor = 1.f;
-      float shift = any ? w_.shift[b.at + r] : -INFINITY;
-      if (const int64_t zeros = map.zero_keys(i); zeros > 0) {
-        const float top = shift < 0.f ? 0.f : shift;  // neither part of the sum overflows
-        factor = __builtin_exp2f(shift - top);
-        sum = sum * factor + float(zeros) * __builtin_exp2f(-top);
-        shift = top;
+    for (int64_t r = 0; r < b.rows; r += kLanes) {
+      const f32v sums = tiling_.chunks ? load(w_.sum + b.at + r) : f32v{};
+      alignas(64) float factor[kLanes], lse[kLanes];
+      store(factor, sums == 0.f ? f32v{} : 1.f / sums);
+      store(lse, log_of_sum(load(w_.shift + b.at + r), sums));
+      for (int64_t l = 0; l < kLanes && r + l < b.rows; ++l) {
+        const int64_t i = b.first_row + r + l;
+        const bool attends = factor[l] != 0.f;
+        if (const int64_t zeros = map.zero_keys(i); zeros > 0)
+          add_zero_keys(zeros, attends, b.at + r + l, factor + l, lse + l);
+        else if (!attends)
+          lse[l] = -INFINITY;
+        if (attends)
+          w_.compute.write_row(b.at + r + l, factor[l], map.out_row(i));
+        else
+          std::memset(map.out_row(i), 0, w_.sizes.head_dim * sizeof(T));
+        *map.lse(i) = lse[l];
       }
-      T* out = map.out_row(i);
-      if (any)
-        w_.compute.write_row(b.at + r, factor / sum, out);
-      else
-        std::memset(out, 0, w_.sizes.head_dim * sizeof(T));
-      *map.lse(i) = sum == 0.f ? -INFINITY : shift * kLn2 + __builtin_logf(sum);
     }
+  }
+
+  // The factor of a finished row and its log-sum-exp with `zeros` more keys of score 0 and value 0.
+  void add_zero_keys(int64_t zeros, bool attends, int64_t row, float* factor, float* lse) const {
+    const float sum = attends ? w_.sum[row] : 0.f, shift = attends ? w_.shift[row] : -INFINITY;
+    const float top = shift < 0.f ? 0.f : shift;  // neither part of the sum overflows
+    const float share = __builtin_exp2f(shift - top);
+    const float total = sum * share + float(zeros) * __builtin_exp2f(-top);
+    *factor = share / total;
+    *lse = top * kLn2 + __builtin_logf(total);
   }
 
   const Head<Map, Term>* heads_;

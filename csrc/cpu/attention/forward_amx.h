@@ -11,6 +11,7 @@
 #if defined(VITKIT_AMX)
 
 #include "attention/forward.h"
+#include "attention/lanes.h"
 
 namespace vitkit::cpu::VITKIT_ISA {
 
@@ -22,49 +23,6 @@ constexpr int64_t kTileSize = 512;  // bfloat16 elements of an operand
 constexpr int64_t kTileSums = 256;  // float32 elements of a sum
 
 // ---- vectors of 16 ----
-
-// Lane l of the result is lane kIndex[l] of a (0 .. 15) or b (16 .. 31).
-template <int... kIndex>
-VITKIT_INLINE f32v shuffle(f32v a, f32v b) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, kIndex...);
-#else
-  return __builtin_shuffle(a, b, i32v{kIndex...});
-#endif
-}
-
-// Interleave single lanes, and pairs of lanes, of each 128-bit quarter.
-VITKIT_INLINE f32v low_singles(f32v a, f32v b) {
-  return shuffle<0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29>(a, b);
-}
-VITKIT_INLINE f32v high_singles(f32v a, f32v b) {
-  return shuffle<2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31>(a, b);
-}
-VITKIT_INLINE f32v low_pairs(f32v a, f32v b) {
-  return shuffle<0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29>(a, b);
-}
-VITKIT_INLINE f32v high_pairs(f32v a, f32v b) {
-  return shuffle<2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31>(a, b);
-}
-// Whole quarters: the even or the odd ones of a, then of b.
-VITKIT_INLINE f32v even_quarters(f32v a, f32v b) {
-  return shuffle<0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27>(a, b);
-}
-VITKIT_INLINE f32v odd_quarters(f32v a, f32v b) {
-  return shuffle<4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31>(a, b);
-}
-
-// Lane r of the result is `op` over the lanes of v[r]. Destroys v.
-template <typename Op>
-VITKIT_INLINE f32v reduce_rows(f32v (&v)[16], const Op& op) {
-  for (int i = 0; i < 8; ++i)
-    v[i] = op(low_singles(v[2 * i], v[2 * i + 1]), high_singles(v[2 * i], v[2 * i + 1]));
-  for (int i = 0; i < 4; ++i)
-    v[i] = op(low_pairs(v[2 * i], v[2 * i + 1]), high_pairs(v[2 * i], v[2 * i + 1]));
-  for (int i = 0; i < 2; ++i)
-    v[i] = op(even_quarters(v[2 * i], v[2 * i + 1]), odd_quarters(v[2 * i], v[2 * i + 1]));
-  return op(even_quarters(v[0], v[1]), odd_quarters(v[0], v[1]));
-}
 
 // v[c][r] becomes v[r][c]. Lanes are only moved: they may hold anything of 32 bits.
 VITKIT_INLINE void transpose16(f32v (&v)[16]) {

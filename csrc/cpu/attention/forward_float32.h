@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attention/forward.h"
+#include "attention/lanes.h"
 #include "attention/pack.h"
 
 namespace vitkit::cpu::VITKIT_ISA {
@@ -83,6 +84,7 @@ class Float32Compute {
       const int vecs = panel_vecs(c.keys, p);
       for (int64_t r = 0; r < b.rows; r += kTileRows) {
         if (tile_keys(map, b, r, c) <= p * kPanel) continue;
+        fetch_ahead(map);
         gemm_rows<false, Epilogue::overwrite>(
             smaller(kTileRows, b.rows - r), vecs, head_dim_, q_ + (b.at + r) * head_dim_, head_dim_,
             k_slot(c) + p * kPanel * head_dim_, scores_ + r * score_stride_ + p * kPanel,
@@ -91,39 +93,61 @@ class Float32Compute {
     }
   }
 
-  // Scores become probabilities relative to the row's shift. Two loops: with all maxima known
-  // beforehand the exponentials of consecutive rows overlap.
+  // Scores become probabilities relative to the row's shift, a vector of rows at a time: maxima and
+  // sums over lanes are then taken together. Two loops: with all maxima known beforehand the
+  // exponentials of consecutive rows overlap.
   template <typename Map, typename Term>
   void softmax(const Map& map, const Term& term, const Block& b, const Chunk& c, float scale,
                float* shift, float* sum) const {
-    constexpr int kDegree = std::is_same_v<T, float> ? 5 : 4;
-    for (int64_t r = 0; r < b.rows; ++r) {
-      float* s = scores_ + r * score_stride_;
-      const int64_t i = b.first_row + r, keys = visible(map, i, c);
-      float top = -INFINITY;
-      if constexpr (Term::kNone) {
-        top = row_max(s, keys);
-        top = top == -INFINITY ? top : top * scale;
-      } else {
-        term.row(i, c.first_key, keys, [&](const auto& add) {
-          top = row_map_max(s, keys, [&](f32v x, int64_t j, int lanes) {
-            return add(x * splat(scale), j, lanes);
-          });
-        });
-      }
-      const float before = c.first ? -INFINITY : shift[r];
-      shift[r] = before > top ? before : top;
-      rescale_[r] = before - finite_shift(splat(shift[r]))[0];
+    for (int64_t r = 0; r < b.rows; r += kLanes) {
+      const int rows = int(smaller(kLanes, b.rows - r));
+      f32v v[kLanes];
+      for (int l = 0; l < kLanes; ++l)
+        v[l] = l < rows ? scaled_max(map, term, b, r + l, c, scale) : f32v{};
+      f32v top = reduce_rows(v, [](f32v x, f32v y) { return max(x, y); });
+      if constexpr (Term::kNone) top = top == -INFINITY ? top : top * splat(scale);
+      const f32v before = c.first ? splat(-INFINITY) : load_partial(shift + r, rows);
+      const f32v now = before > top ? before : top;
+      store_partial(shift + r, now, rows);
+      if (!c.first) store(rescale_ + r, exp2_softmax<5>(before - finite_shift(now)));
+    }
+    for (int64_t r = 0; r < b.rows; r += kLanes) {
+      const int rows = int(smaller(kLanes, b.rows - r));
+      f32v v[kLanes];
+      for (int l = 0; l < kLanes; ++l)
+        v[l] = l < rows ? exponentials<Term::kNone>(map, b, r + l, c, scale, shift[r + l]) : f32v{};
+      f32v total = reduce_rows(v, [](f32v x, f32v y) { return x + y; });
+      if (!c.first) total = fma(load_partial(sum + r, rows), load(rescale_ + r), total);
+      store_partial(sum + r, total, rows);
     }
     rescale_[b.rows] = 0.f;  // read when a tile has one row more than the block
-    if (!c.first) row_exp<5>(rescale_, b.rows, b.rows, 1.f, 0.f);
-    for (int64_t r = 0; r < b.rows; ++r) {
-      const float total =
-          row_exp<kDegree>(scores_ + r * score_stride_, visible(map, b.first_row + r, c),
-                           tile_keys(map, b, r - r % kTileRows, c), Term::kNone ? scale : 1.f,
-                           finite_shift(splat(shift[r]))[0]);
-      sum[r] = c.first ? total : sum[r] * rescale_[r] + total;
+  }
+
+  // Adds the term to row r of the block; returns the maximum, still to be taken over lanes.
+  template <typename Map, typename Term>
+  f32v scaled_max(const Map& map, const Term& term, const Block& b, int64_t r, const Chunk& c,
+                  float scale) const {
+    float* s = scores_ + r * score_stride_;
+    const int64_t i = b.first_row + r, keys = visible(map, i, c);
+    if constexpr (Term::kNone) {
+      return row_max(s, keys);
+    } else {
+      f32v top = splat(-INFINITY);
+      term.row(i, c.first_key, keys, [&](const auto& add) {
+        top = row_map_max(
+            s, keys, [&](f32v x, int64_t j, int lanes) { return add(x * splat(scale), j, lanes); });
+      });
+      return top;
     }
+  }
+
+  template <bool kScale, typename Map>
+  f32v exponentials(const Map& map, const Block& b, int64_t r, const Chunk& c, float scale,
+                    float shift) const {
+    constexpr int kDegree = std::is_same_v<T, float> ? 5 : 4;
+    return row_exp<kDegree>(scores_ + r * score_stride_, visible(map, b.first_row + r, c),
+                            tile_keys(map, b, r - r % kTileRows, c), kScale ? scale : 1.f,
+                            finite_shift(shift));
   }
 
   template <Epilogue kEpilogue, typename Map>
@@ -133,6 +157,7 @@ class Float32Compute {
       for (int64_t r = 0; r < b.rows; r += kTileRows) {
         const int64_t keys = tile_keys(map, b, r, c);
         if (kEpilogue != Epilogue::overwrite && keys == 0) continue;
+        fetch_ahead(map);
         gemm_rows<false, kEpilogue>(
             smaller(kTileRows, b.rows - r), vecs, keys, scores_ + r * score_stride_, score_stride_,
             v_slot(c) + p * kPanel * c.keys, out_ + (b.at + r) * out_stride_ + p * kPanel,

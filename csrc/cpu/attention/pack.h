@@ -51,11 +51,12 @@ template <typename T>
 alignas(64) constexpr T kZeroRow[kMaxHeadDim] = {};
 
 // Row j of the source becomes column j: panel p is [depth][kPanel] with rows p * kPanel ... of the
-// source side by side. The operand for S = Q K^T (and dP = dO V^T).
+// source side by side, and zeros up to a whole vector: a product reads no further (panel_vecs). The
+// operand for S = Q K^T (and dP = dO V^T).
 template <typename T, typename Row>
 VITKIT_INLINE void pack_transposed(const Row& row, int64_t first, int64_t rows, int64_t depth,
                                    float* dst) {
-  for (int64_t j = 0; j < num_panels(rows) * kPanel; j += 8) {
+  for (int64_t j = 0; j < round_up(rows, kLanes < 8 ? 8 : kLanes); j += 8) {
     float* out = dst + j / kPanel * kPanel * depth + j % kPanel;
     const T* from[8];
     for (int r = 0; r < 8; ++r) from[r] = j + r < rows ? row(first + j + r) : kZeroRow<T>;
@@ -102,10 +103,9 @@ VITKIT_INLINE void pack_rows(const Row& row, int64_t first, int64_t rows, int64_
                              float factor, float* dst, int64_t ld) {
   for (int64_t j = 0; j < round_rows(rows); ++j) {
     const T* from = j < rows ? row(first + j) : nullptr;
-    for (int64_t d = 0; d < columns; d += kLanes) {
-      const int n = int(columns - d < kLanes ? columns - d : kLanes);
+    each_vector(columns, [&](int64_t d, auto n) {
       store_partial(dst + j * ld + d, from ? load_partial(from + d, n) * factor : f32v{}, n);
-    }
+    });
   }
 }
 
@@ -113,10 +113,9 @@ VITKIT_INLINE void pack_rows(const Row& row, int64_t first, int64_t rows, int64_
 // takes.
 template <typename To>
 VITKIT_INLINE void write_row(const float* from, int64_t columns, float factor, To to) {
-  for (int64_t d = 0; d < columns; d += kLanes) {
-    const int n = int(columns - d < kLanes ? columns - d : kLanes);
+  each_vector(columns, [&](int64_t d, auto n) {
     store_partial(to + d, load_partial(from + d, n) * factor, n);
-  }
+  });
 }
 
 }  // namespace vitkit::cpu::VITKIT_ISA

@@ -44,7 +44,22 @@ VITKIT_INLINE f32v exp2_softmax(f32v x) {
   return fma(high, r2, low) * f32v(i32v(shifted) << 23);
 }
 
-VITKIT_INLINE float row_max(const float* s, int64_t n) {
+// ln(2^shift * sum) for a normal positive sum, NaN for NaN. The logarithm of a mantissa m in
+// [sqrt(1/2), sqrt(2)] is 2 artanh((m - 1) / (m + 1)), whose series needs five terms for float32.
+VITKIT_INLINE f32v log_of_sum(f32v shift, f32v sum) {
+  constexpr int32_t kSqrtHalf = 0x3f3504f3;
+  const i32v bits = i32v(sum), exponent = (bits - kSqrtHalf) >> 23;
+  const f32v m = f32v(bits - (exponent << 23));
+  const f32v s = (m - 1.f) / (m + 1.f), z = s * s;
+  f32v p = fma(z, splat(1.f / 9), splat(1.f / 7));
+  p = fma(p, z, splat(1.f / 5));
+  p = fma(p, z, splat(1.f / 3));
+  p = fma(p * z, s, s);
+  return fma(shift + __builtin_convertvector(exponent, f32v), splat(kLn2), p + p) + (sum - sum);
+}
+
+// The maximum of s[0 .. n), still to be taken over lanes.
+VITKIT_INLINE f32v row_max(const float* s, int64_t n) {
   f32v m0 = splat(-INFINITY), m1 = m0;
   int64_t j = 0;
   for (; j + 2 * kLanes <= n; j += 2 * kLanes) {
@@ -53,13 +68,13 @@ VITKIT_INLINE float row_max(const float* s, int64_t n) {
   }
   for (; j + kLanes <= n; j += kLanes) m0 = max(m0, load(s + j));
   if (j < n) m1 = max(m1, keep_lanes(load(s + j), n - j, -INFINITY));
-  return reduce_max(max(m0, m1));
+  return max(m0, m1);
 }
 
 // s[j] = combine(s[j], j, lanes) for j < n, `lanes` <= kLanes elements at a time; returns the
-// maximum.
+// maximum, still to be taken over lanes.
 template <typename Combine>
-VITKIT_INLINE float row_map_max(float* s, int64_t n, const Combine& combine) {
+VITKIT_INLINE f32v row_map_max(float* s, int64_t n, const Combine& combine) {
   f32v m = splat(-INFINITY);
   int64_t j = 0;
   for (; j + kLanes <= n; j += kLanes) {
@@ -72,12 +87,13 @@ VITKIT_INLINE float row_map_max(float* s, int64_t n, const Combine& combine) {
     store(s + j, x);
     m = max(m, x);
   }
-  return reduce_max(m);
+  return m;
 }
 
-// s[j] = 2^(s[j] * scale - shift) for j < n, 0 for n <= j < padded; returns the sum.
+// s[j] = 2^(s[j] * scale - shift) for j < n, 0 for n <= j < padded; returns the sum, still to be
+// taken over lanes.
 template <int kDegree>
-VITKIT_INLINE float row_exp(float* s, int64_t n, int64_t padded, float scale, float shift) {
+VITKIT_INLINE f32v row_exp(float* s, int64_t n, int64_t padded, float scale, float shift) {
   const f32v c = splat(scale), offset = splat(-shift);
   f32v total = {};
   int64_t j = 0;
@@ -95,7 +111,7 @@ VITKIT_INLINE float row_exp(float* s, int64_t n, int64_t padded, float scale, fl
     total += p;
   }
   for (; j < padded; j += kLanes) store(s + j, f32v{});
-  return reduce_add(total);
+  return total;
 }
 
 }  // namespace vitkit::cpu::VITKIT_ISA

@@ -5,6 +5,8 @@
 //   out_row(i), lse(i)                  where the result of query i goes
 //   zero_keys(i)                        how many more keys query i attends whose score and value
 //                                       are zero: they have no rows
+// and may have
+//   fetch_ahead()                       called now and then: fetches rows that will be needed later
 // The core (forward.h) knows nothing else about a layout.
 #pragma once
 
@@ -17,6 +19,11 @@ template <typename T>
 VITKIT_INLINE T* row_pointer(const RowsView& view, int64_t batch, int64_t head, int64_t token) {
   return reinterpret_cast<T*>(view.data) + batch * view.batch_stride + head * view.head_stride +
          token * view.token_stride;
+}
+
+template <typename Map>
+VITKIT_INLINE void fetch_ahead(const Map& map) {
+  if constexpr (requires { map.fetch_ahead(); }) map.fetch_ahead();
 }
 
 // Rows a fixed stride apart: dense batches and packed sequences.
