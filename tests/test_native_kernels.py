@@ -117,7 +117,7 @@ MUTANTS = {
     ),
     "zeros of a dilated segment are not attended": (
         "dilated_attention", "avx512-emulated", "attention/forward.h",
-        "zeros > 0) {", "zeros > 0 && tiling_.chunks == 0) {",
+        "zeros > 0)", "zeros > 0 && tiling_.chunks == 0)",
     ),
     "branches overwrite each other's gradients": (
         "dilated_attention", "amx-emulated", "attention/dilated_map.h",

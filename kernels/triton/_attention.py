@@ -141,11 +141,8 @@ def add_weighted_rows(acc, w, x, D1: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def pad_rows(pads, head, D: tl.constexpr):
-    """Pointers to the (k, v) of this head's pads, None without pads."""
-    if pads is None:
-        return None, None
-    else:
-        return pads[0] + head * D, pads[1] + head * D
+    """Pointers to the (k, v) of this head's pads."""
+    return pads[0] + head * D, pads[1] + head * D
 
 
 @triton.jit
@@ -234,7 +231,7 @@ def attend(
             t = term_tile(term_args, at, offs_m, offs_n, valid, MASK, 0, TERM)
         tokens = TOKENS(map_args, origin_k, offs_n)
         k = load_rows(k_ptr, tokens * UNIT, k_stride, valid, MASK, D, D0, D1, pad[0])
-        factor, inverse = pair_scale(scale, k, D1, COSINE)
+        factor, inverse = pair_scale(scale, k, D1) if COSINE else (scale, None)
         s = score_tile(q, k, factor, t, FOLD, D1, PRECISION)
         if MASK:
             keep = valid[None, :]
@@ -286,7 +283,7 @@ def attention_fwd_kernel(
     q = load_rows(q_ptr, tokens * UNIT, q_strides[2], held, True, D, D0, D1)
 
     scale = row_scale(q, head, scale, log_gain_ptr, D1)
-    pad = pad_rows(pads, head, D)
+    pad = (None, None) if pads is None else pad_rows(pads, head, D)
     COSINE: tl.constexpr = log_gain_ptr is not None
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -408,7 +405,7 @@ def accumulate_dq(
             t = term_tile(term_args, at, offs_m, offs_n, valid, MASK, 0, TERM)
         tokens = TOKENS(map_args, origin_k, offs_n)
         k = load_rows(k_ptr, tokens * UNIT, k_stride, valid, MASK, D, D0, D1, pad[0])
-        factor, inverse = pair_scale(scale, k, D1, COSINE)
+        factor, inverse = pair_scale(scale, k, D1) if COSINE else (scale, None)
         keep = valid[None, :]
         if CAUSAL:
             keep = keep & (offs_n[None, :] <= offs_m[:, None])
@@ -457,7 +454,7 @@ def attention_bwd_dq_kernel(
     lse, delta = load_lse_delta(lse_ptr, delta_ptr, statistics, valid, True, padded)
 
     scale = row_scale(q, head, scale, log_gain_ptr, D1)
-    pad = pad_rows(pads, head, D)
+    pad = (None, None) if pads is None else pad_rows(pads, head, D)
     COSINE: tl.constexpr = log_gain_ptr is not None
     dq = zero_rows(BLOCK_M, D0, D1)
     full, end = key_range(first, n_k, CAUSAL, BLOCK_M, BLOCK_N)
@@ -508,7 +505,7 @@ def accumulate_dkv(
         SOME: tl.constexpr = MASK or pads is not None
         held = valid if ZEROS is None else valid & (offs_m < n_k)
         q = load_rows(q_ptr, tokens * UNIT, q_stride, held, SOME, D, D0, D1)
-        factor, inverse = pair_scale(scale, q, D1, COSINE)
+        factor, inverse = pair_scale(scale, q, D1) if COSINE else (scale, None)
         padded = STAT_TOKENS is not None
         lse, delta = load_lse_delta(lse_ptr, delta_ptr, rows * lse_stride, valid, SOME, padded)
         keep = offs_n[:, None] <= offs_m[None, :]
@@ -551,7 +548,7 @@ def attention_bwd_dkv_kernel(
     grad_ptr += (batch * grad_strides[0] + head * grad_strides[1]) * UNIT
     lse_ptr += batch * lse_strides[0] + head * lse_strides[1]
     delta_ptr += batch * lse_strides[0] + head * lse_strides[1]
-    pad = pad_rows(pads, head, D)
+    pad = (None, None) if pads is None else pad_rows(pads, head, D)
     k = load_rows(k_ptr, tokens * UNIT, k_strides[2], valid, True, D, D0, D1, pad[0])
     v = load_rows(v_ptr, tokens * UNIT, v_strides[2], valid, True, D, D0, D1, pad[1])
     scale = row_scale(k, head, scale, log_gain_ptr, D1)

@@ -43,13 +43,10 @@ def row_scale(x, head, scale, log_gain_ptr, D1: tl.constexpr):
 
 
 @triton.jit
-def pair_scale(scale, x, D1: tl.constexpr, COSINE: tl.constexpr):
+def pair_scale(scale, x, D1: tl.constexpr):
     """(factor of the scores of a tile whose columns are the rows x, 1 / |x| of its columns)"""
-    if COSINE:
-        inverse = inverse_norms(x, D1)[None, :]
-        return scale[:, None] * inverse, inverse
-    else:
-        return scale, None
+    inverse = inverse_norms(x, D1)[None, :]
+    return scale[:, None] * inverse, inverse
 
 
 @triton.jit

@@ -83,15 +83,12 @@ def _region(origin, i, limits, WW: tl.constexpr):
 
 @triton.jit
 def table_term(term_args, head, m, n):
-    """The table's part of the term, the same in every window; None without a table."""
+    """The table's part of the term, the same in every window."""
     table_ptr, _, WH, WW = term_args
-    if table_ptr is None:
-        return None
-    else:
-        LAST: tl.constexpr = WH * WW - 1
-        n = tl.minimum(n, LAST)
-        table_ptr += head * ((2 * WH - 1) * (2 * WW - 1))
-        return tl.load(table_ptr + (_slot(m, WW) + _slot(LAST, WW) - _slot(n, WW)))
+    LAST: tl.constexpr = WH * WW - 1
+    n = tl.minimum(n, LAST)
+    table_ptr += head * ((2 * WH - 1) * (2 * WW - 1))
+    return tl.load(table_ptr + (_slot(m, WW) + _slot(LAST, WW) - _slot(n, WW)))
 
 
 @triton.jit
@@ -110,7 +107,8 @@ def add_region_term(t, term_args, origin, m, n):
 
 @triton.jit
 def window_term(term_args, batch, head, origin, m, n, inside):
-    return add_region_term(table_term(term_args, head, m, n), term_args, origin, m, n)
+    t = table_term(term_args, head, m, n) if term_args[0] is not None else None
+    return add_region_term(t, term_args, origin, m, n)
 
 
 # ---- gradient of the table

@@ -96,7 +96,7 @@ def window_dtable_kernel(
     offs_m = first_m + tl.arange(0, BLOCK_M)
     offs_n = first_n + tl.arange(0, BLOCK_N)
     valid_n = offs_n < S
-    pad = core.pad_rows(pads, head, D)
+    pad = (None, None) if pads is None else core.pad_rows(pads, head, D)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for window in tl.range(lo, tl.minimum(lo + chunk, windows)):
         batch, origin = find_window(map_args, window)
@@ -114,7 +114,7 @@ def window_dtable_kernel(
         statistics = batch * lse_strides[0] + head * lse_strides[1] + m * lse_strides[2]
         lse, delta = load_lse_delta(lse_ptr, delta_ptr, statistics, valid_m, True)
         row_factor = row_scale(q, head, scale, log_gain_ptr, D1)
-        factor, inverse = pair_scale(row_factor, k, D1, COSINE)
+        factor, inverse = pair_scale(row_factor, k, D1) if COSINE else (row_factor, None)
         keep = valid_n[None, :]
         p = weight_tile(q, k, lse[:, None], factor, t, keep, False, True, D1, PRECISION)
         grad = load_rows(grad_row, m * UNIT, grad_strides[2], valid_m, True, D, D0, D1)
@@ -145,11 +145,11 @@ def window_bwd_kernel(
     lo = tl.program_id(0) // heads * chunk
     i = tl.arange(0, BLOCK)
     inside = i < S
-    pad = core.pad_rows(pads, head, D)
+    pad = (None, None) if pads is None else core.pad_rows(pads, head, D)
     n = i[:, None]
     m = tl.minimum(i, S - 1)[None, :]
     bias = None
-    if term_args is not None:
+    if term_args is not None and term_args[0] is not None:
         bias = table_term(term_args, head, m, n)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     # Hoisted, the arithmetic on (y, x) is held in registers by every layout: 20 spills.
@@ -175,7 +175,7 @@ def window_bwd_kernel(
         delta = sum_products(grad, out, D1)
 
         k_scale = row_scale(k, head, scale, log_gain_ptr, D1)
-        factor, inverse = pair_scale(k_scale, q, D1, COSINE)
+        factor, inverse = pair_scale(k_scale, q, D1) if COSINE else (k_scale, None)
         keep = inside[:, None]
         p = weight_tile(k, q, lse[None, :], factor, t, keep, FOLD, True, D1, PRECISION)
         ds = score_grad_tile(p, v, grad, delta[None, :], D1, PRECISION)
