@@ -134,27 +134,35 @@ DELTA = Tile(32, 0, 4, 1)  # one pass over two tensors: 128 threads times 16 byt
 # Windows: the term is gathered from the table, one load an element, which takes more registers
 # than a plane does, and a tile of 64 rows leaves less of a window's last one idle than 128 (a
 # window of 144: 3 tiles, or 2 of which one has 16 rows). Published head dims end at 64; larger ones
-# take the tiles above. Float32 too: it spills nowhere inside a loop.
+# take the tiles above.
 INTERPRETER_WINDOW = Row("cpu", 4, 256, Tile(64, 64, 4, 1), "interpreter: 65 tokens are two tiles")
 GPUS = f"{NVIDIA} hip"
 WINDOW_FORWARD: tuple[Row, ...] = (
     INTERPRETER_WINDOW,
     Row(GPUS, 2, 64, Tile(64, 64, 4, 2), "80 to 248 registers; 128 rows: 130 hot spills on sm90"),
+    Row(NVIDIA, 4, 64, Tile(32, 32, 8, 1), "128 registers at 7 x 7; 64 rows: 210 spills on sm90"),
     *FORWARD,
 )
 WINDOW_DQ: tuple[Row, ...] = (
     INTERPRETER_WINDOW,
-    Row(GPUS, 2, 64, Tile(64, 64, 4, 2), "137 to 255 registers, 24 to 45 KB"),
+    Row(GPUS, 2, 32, Tile(64, 64, 4, 2), "137 to 255 registers, 24 to 45 KB"),
+    Row("sm80 sm86", 2, 64, Tile(32, 64, 4, 2), "254 registers; 64 rows by 8 warps: 8 hot spills"),
+    Row(GPUS, 2, 64, Tile(64, 64, 8, 2), "162 to 256 registers; 4 warps: 11 hot spills on sm90"),
+    Row(NVIDIA, 4, 64, Tile(32, 32, 8, 1), "255 registers at 7 x 7; 64 rows: 2614 spills on sm90"),
     *BACKWARD_DQ,
 )
 WINDOW_DKV: tuple[Row, ...] = (
     INTERPRETER_WINDOW,
-    Row(GPUS, 2, 64, Tile(32, 64, 4, 2), "150 to 271 registers; 64 rows: 11 hot spills on sm90"),
+    Row("sm80 sm86", 2, 32, Tile(32, 64, 4, 2), "168 to 232 registers, 13 to 21 KB"),
+    Row("sm80 sm86", 2, 64, Tile(32, 32, 4, 2), "244 registers; 64 keys: 5 hot spills"),
+    Row(GPUS, 2, 64, Tile(32, 64, 4, 2), "150 to 318 registers; 64 rows: 11 hot spills on sm90"),
     *BACKWARD_DKV,
 )
 WINDOW_DTABLE: tuple[Row, ...] = (
     INTERPRETER_WINDOW,
-    Row(GPUS, 2, 64, Tile(64, 64, 8, 2), "120 to 255 registers; 4 warps: 18 hot spills on sm90"),
+    Row("sm80 sm86", 2, 32, Tile(64, 64, 8, 2), "240 to 255 registers, 33 KB"),
+    Row("sm80 sm86", 2, 64, Tile(64, 32, 8, 2), "232 registers; 64 keys spill in the loop"),
+    Row(GPUS, 2, 64, Tile(64, 64, 8, 2), "120 to 211 registers; 4 warps: 18 hot spills on sm90"),
     *BACKWARD_DBIAS,
 )
 # The whole backward pass of a window that fits: block_m = block_n. Other types and head dims take
