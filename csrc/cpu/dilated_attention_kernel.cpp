@@ -53,8 +53,7 @@ struct Run {
       map.lse_row = result_lse(p, unit.batch, unit.head) + s.row;
       const int64_t count = blocks(s.nq, s.nk), begin = count * unit.part / unit.parts,
                     end = count * (unit.part + 1) / unit.parts;
-      if (begin < end)
-        Forward<Compute, Map, NoTerm>(&head, 1, p.in.scale, space).run(begin, end);
+      if (begin < end) Forward<Compute, Map, NoTerm>(&head, 1, p.in.scale, space).run(begin, end);
       if (!p.keep_rows || unit.part > 0) continue;
       const int64_t rows = smaller(b.slots, b.first_row + b.rows - s.row);
       for (int64_t r = s.nq; r < rows; ++r)
