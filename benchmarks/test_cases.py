@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from vitkit.benchmarks.cases import flash_attention, group_norm_silu, window_attention
 from vitkit.benchmarks.harness import _gate
 

@@ -84,6 +84,7 @@ class Float32Gradient {
     pack_queries(map, b);
     products(map, b, q_, k_transposed_, p_);
     products(map, b, grad_, v_transposed_, ds_);
+    if constexpr (Sink::kExactDelta) sum_delta(map, term, b, scale);
     differentiate(map, term, sink, b, scale);
     add_to_keys(map, b);
     add_to_queries(map, b);
@@ -159,23 +160,59 @@ class Float32Gradient {
     RowConstants constants;
   };
 
+  // delta as the sum of P dP over a row, all of whose keys are in this block.
+  template <typename Map, typename Term>
+  void sum_delta(const Map& map, const Term& term, const GradBlock& b, float scale) const {
+    for (int64_t r = 0; r < b.rows; ++r) {
+      const Row row{p_ + r * score_stride_, ds_ + r * score_stride_, visible(map, b, r), 0,
+                    constants_[r]};
+      f32v sum = {};
+      term.row(b.q0 + r, b.k0, [&](const auto& add) {
+        const Probability<std::decay_t<decltype(add)>> p(row, scale * kLog2e, add);
+        each_vector(row.n, [&](int64_t j, auto lanes) {
+          sum += keep_lanes(p(j, lanes) * load(row.ds + j), lanes, 0.f);
+        });
+      });
+      constants_[r].delta = reduce_add(sum) - map.grad_lse(b.q0 + r);
+    }
+  }
+
+  // exp(score - lse) of keys j ... of a row, from its products.
+  template <typename Add>
+  class Probability {
+   public:
+    Probability(const Row& row, float scale, const Add& add)
+        : s_(row.s),
+          add_(add),
+          scale_(splat(scale)),
+          shift_(splat(row.constants.shift)),
+          rest_(splat(row.constants.shift_rest)) {}
+
+    f32v operator()(int64_t j, int lanes) const {
+      constexpr int kDegree = std::is_same_v<T, float> ? 5 : 4;
+      f32v x = add_(load(s_ + j) * scale_, j, lanes) - shift_;
+      if constexpr (std::is_same_v<T, float>) x = x - rest_;
+      return exp2_softmax<kDegree>(lanes < kLanes ? keep_lanes(x, lanes, -INFINITY) : x);
+    }
+
+   private:
+    const float* s_;
+    const Add& add_;
+    const f32v scale_, shift_, rest_;
+  };
+
   template <typename Add>
   static void differentiate(const Row& row, float scale, const Add& add) {
-    constexpr int kDegree = std::is_same_v<T, float> ? 5 : 4;
-    const f32v c = splat(scale), delta = splat(row.constants.delta);
-    const f32v shift = splat(row.constants.shift), rest = splat(row.constants.shift_rest);
-    const auto shifted = [&](f32v x) {
-      return std::is_same_v<T, float> ? x - shift - rest : x - shift;
-    };
+    const Probability<Add> probability(row, scale, add);
+    const f32v delta = splat(row.constants.delta);
     int64_t j = 0;
     for (; j + kLanes <= row.n; j += kLanes) {
-      const f32v p = exp2_softmax<kDegree>(shifted(add(load(row.s + j) * c, j, kLanes)));
+      const f32v p = probability(j, kLanes);
       store(row.s + j, p);
       store(row.ds + j, p * (load(row.ds + j) - delta));
     }
-    if (const int64_t left = row.n - j; left > 0) {
-      const f32v x = keep_lanes(shifted(add(load(row.s + j) * c, j, int(left))), left, -INFINITY);
-      const f32v p = exp2_softmax<kDegree>(x);
+    if (const int left = int(row.n - j); left > 0) {
+      const f32v p = probability(j, left);
       store(row.s + j, p);
       store(row.ds + j, keep_lanes(p * (load(row.ds + j) - delta), left, 0.f));
       j += kLanes;
