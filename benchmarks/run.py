@@ -17,7 +17,7 @@ import torch
 from . import overhead, report
 from .harness import Case, Roofline, Row, measure, measure_roofline
 
-OPS = ("group_norm_silu", "flash_attention", "window_attention")
+OPS = ("group_norm_silu", "flash_attention", "window_attention", "dilated_attention")
 STDOUT = Path("-")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,6 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     shape.add_argument("--shape", help="group_norm_silu: NxCxHxW")
     shape.add_argument("--groups", type=int, default=32)
     shape.add_argument("--layout", choices=("nchw", "nhwc"), default="nchw")
+    shape.add_argument("--tokens", type=int, help="dilated_attention: N")
+    shape.add_argument("--heads", type=int, default=16, help="dilated_attention: H")
+    shape.add_argument("--head-dim", type=int, default=48, help="dilated_attention: D")
     shape.add_argument("--backward", action="store_true", help="forward+backward")
     return p
 
@@ -82,7 +85,22 @@ def _own_case(options: argparse.Namespace) -> Case | None:
             "your shape", shape, options.groups, dtype, options.layout == "nhwc", options.backward,
             options.device, backend=options.backend,
         )  # fmt: skip
+    if options.tokens is not None:
+        from .cases import dilated_attention
+
+        sizes = _token_sizes(options)
+        return dilated_attention.make_case(
+            "your shape", *sizes, dtype, options.backward, options.device, backend=options.backend
+        )
     return None
+
+
+def _token_sizes(options: argparse.Namespace) -> tuple[int, int, int, int]:
+    """[B, N, H, D] of dilated_attention."""
+    sizes = (1, options.tokens, options.heads, options.head_dim)
+    if min(sizes) < 1:
+        raise SystemExit("vitkit bench: --tokens, --heads and --head-dim must be at least 1")
+    return sizes
 
 
 def selected_cases(options: argparse.Namespace) -> list[Case]:
@@ -210,6 +228,16 @@ def _explain(options: argparse.Namespace) -> str:
         q = torch.empty(b, nq, h, d, dtype=dtype, device=options.device)
         k = torch.empty(b, nk, h, d, dtype=dtype, device=options.device)
         return str(vitkit.explain("flash_attention", q, k, k, backend=options.backend))
+    if options.tokens is not None:
+        from .cases import dilated_attention as case
+
+        q = torch.empty(_token_sizes(options), dtype=dtype, device=options.device)
+        return str(
+            vitkit.explain(
+                case.OP, q, q, q, segment_lengths=case.LENGTHS, dilation_ratios=case.RATIOS,
+                backend=options.backend,
+            )
+        )  # fmt: skip
     x = torch.empty(_integers(options.shape, 4, "--shape"), dtype=dtype, device=options.device)
     return str(vitkit.explain("group_norm_silu", x, options.groups, backend=options.backend))
 

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vitkit.benchmarks.cases import flash_attention, group_norm_silu, window_attention
+from vitkit.benchmarks.cases import (
+    dilated_attention,
+    flash_attention,
+    group_norm_silu,
+    window_attention,
+)
 from vitkit.benchmarks.harness import _gate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [
     c
-    for module in (group_norm_silu, flash_attention, window_attention)
+    for module in (group_norm_silu, flash_attention, window_attention, dilated_attention)
     for c in module.cases(DEVICE)
     if "smoke" in c.sets
 ]

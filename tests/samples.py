@@ -13,18 +13,33 @@ import vitkit
 
 @dataclass(frozen=True)
 class Sample:
-    """``make(device, dtype)`` returns (tensors by name, other keyword arguments) of ``public``."""
+    """``make(device, dtype)`` returns (tensors by name, other keyword arguments) of ``public``,
+    with the parts of its ``bias`` in place of a structured one."""
 
     op: str
     why: str
     make: Callable[[str, torch.dtype], tuple[dict[str, torch.Tensor], dict]]
+    bias: type | None = None
+    parts: tuple[str, ...] = ()  # of the bias
+    suffix: str = ""  # of the operators behind the op
 
     @property
     def public(self):
         return getattr(vitkit, self.op)
 
+    @property
+    def operator(self) -> str:
+        return self.op + self.suffix
+
     def __str__(self) -> str:
         return f"{self.op}-{self.why}"
+
+    def arguments(self, given: dict) -> dict:
+        """Of ``public``."""
+        if self.bias is None:
+            return given
+        bias = self.bias(*(given[n] for n in self.parts))
+        return {n: v for n, v in given.items() if n not in self.parts} | {"bias": bias}
 
     def differentiable(self, device, dtype):
         """(function of the floating tensors, those tensors)"""
@@ -33,9 +48,8 @@ class Sample:
         fixed = {n: t for n, t in tensors.items() if n not in names}
 
         def function(*values, backend="auto"):
-            return self.public(
-                **dict(zip(names, values, strict=True)), **fixed, **options, backend=backend
-            )
+            given = {**dict(zip(names, values, strict=True)), **fixed, **options}
+            return self.public(**self.arguments(given), backend=backend)
 
         return function, [tensors[n] for n in names]
 
@@ -59,6 +73,19 @@ def _attention(nq=5, nk=7, batch=2, heads=2, head_dim=8, bias=None, **options):
         return tensors, options
 
     return make
+
+
+def _decomposed(device, dtype):
+    tensors, options = _attention(nk=6)(device, dtype)
+    rel = {"rel_h": _randn(device, dtype, 2, 2, 5, 2), "rel_w": _randn(device, dtype, 2, 2, 5, 3)}
+    return tensors | rel, options
+
+
+def _distance(device, dtype):
+    tensors, options = _attention(return_lse=True)(device, dtype)
+    q, k = (_randn(device, torch.float32, 1, n, 2) for n in (5, 7))
+    q[0, 0] = float("nan")  # a token without a place
+    return tensors | {"slopes": _randn(device, dtype, 2)}, options | {"coords_q": q, "coords_k": k}
 
 
 def _packed(device, dtype):
@@ -85,12 +112,59 @@ def _group_norm(
     return make
 
 
+def _window(height=5, width=7, window=(3, 3), cosine=False, **options):
+    def make(device, dtype):
+        torch.manual_seed(0)
+        places = (2 * window[0] - 1) * (2 * window[1] - 1)
+        tensors = {
+            "qkv": _randn(device, dtype, 2, height, width, 3, 2, 8),
+            "bias_table": _randn(device, dtype, places, 2),
+            "pad_value": _randn(device, dtype, 3, 2, 8),
+        }
+        if cosine:
+            tensors["logit_scale"] = _randn(device, dtype, 2) * 0.1 + 2.0
+        return tensors, {"window_size": window, **options}
+
+    return make
+
+
+def _dilated(**options):
+    def make(device, dtype):
+        torch.manual_seed(0)
+        tensors = {n: _randn(device, dtype, 2, 11, 3, 8) for n in "qkv"}
+        return tensors, {"segment_lengths": [4, 7], "dilation_ratios": [1, 2], **options}
+
+    return make
+
+
 SAMPLES = [
+    Sample("dilated_attention", "zeros_attended", _dilated()),
+    Sample(
+        "dilated_attention",
+        "causal_with_lse",
+        _dilated(causal=True, alignment="torchscale", return_lse=True),
+    ),
     Sample("flash_attention", "cross_attention", _attention()),
     Sample("flash_attention", "shared_bias", _attention(bias=(1, 2, 5, 7))),
     Sample("flash_attention", "bool_mask", _attention(bias="mask", scale=0.5)),
     Sample("flash_attention", "causal_with_lse", _attention(nk=5, causal=True, return_lse=True)),
     Sample("flash_attention", "packed", _packed),
+    Sample(
+        "flash_attention",
+        "decomposed_bias",
+        _decomposed,
+        vitkit.DecomposedBias,
+        ("rel_h", "rel_w"),
+        "_decomposed",
+    ),
+    Sample(
+        "flash_attention",
+        "distance_bias",
+        _distance,
+        vitkit.DistanceBias,
+        ("slopes", "coords_q", "coords_k"),
+        "_distance",
+    ),
     Sample("group_norm_silu", "affine", _group_norm()),
     Sample(
         "group_norm_silu", "plain_without_activation", _group_norm(affine=False, activation=None)
@@ -98,4 +172,6 @@ SAMPLES = [
     Sample("group_norm_silu", "modulated", _group_norm(modulated=True)),
     Sample("group_norm_silu", "channels_last", _group_norm(channels_last=True, modulated=True)),
     Sample("group_norm_silu", "volume", _group_norm(shape=(1, 4, 2, 3, 2), groups=2)),
+    Sample("window_attention", "shifted", _window(shift_size=(1, 2))),
+    Sample("window_attention", "cosine", _window(cosine=True, padding="roll_then_pad")),
 ]

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from vitkit.benchmarks import gpu, report, run
+from vitkit.benchmarks.cases import dilated_attention
 from vitkit.benchmarks.harness import (
     BeyondRoofline,
     Case,
@@ -119,11 +120,26 @@ def test_every_case_of_the_issue_is_there():
         ["--q", "8x197x12"],
         ["--q", "1x2x3x8", "--k", "1x2x4x8"],
         ["--shape", "2x0x4x4"],
+        ["--tokens", "0"],
     ],
 )
 def test_bad_options_are_explained(arguments):
     with pytest.raises(SystemExit, match="vitkit bench: "):
         run.main([*arguments, "--device", "cpu"])
+
+
+def test_a_long_case_says_how_long_it_takes_and_compares_a_sample(monkeypatch, capsys):
+    for name, value in (("LONG_FLOPS", 1.0), ("SMALLER_RUN", 64), ("SAMPLED_TOKENS", 9)):
+        monkeypatch.setattr(dilated_attention, name, value)
+    long = dilated_attention.make_case(
+        "toy", 1, 300, 4, 8, torch.float32, False, "cpu", backend="reference"
+    )
+    row = measure(long, "cpu", ROOFLINE, 0.01)
+    assert "9 sampled tokens" in row.shape and row.max_error <= row.error_limit
+    told = capsys.readouterr().err
+    assert "measured with 64 tokens" in told and told.count("a call in") >= 12
+    with pytest.raises(SystemExit, match="must go with fewer tokens"):
+        dilated_attention.make_case("toy", 1, 300, 4, 8, torch.float32, True, "cpu")
 
 
 def test_your_own_shape(capsys):

@@ -27,7 +27,7 @@ def test_every_model_keeps_its_numbers(demo):
     done, _ = demo
     assert done.exit_code == 0, done.output
     assert "Same numbers in every model." in done.output
-    for name in ("ViT-B/16", "SigLIP so400m", "KL-VAE decode", "U-Net, one step"):
+    for name in ("ViT-B/16", "Swin-T", "SigLIP so400m", "KL-VAE decode", "U-Net, one step"):
         [line] = [line for line in done.output.splitlines() if line.strip().startswith(name)]
         replaced = int(re.search(r"\s(\d+)\s+\d\.\de", line).group(1))
         assert replaced > 0 and " cpu " in line and line.strip().endswith("ok"), line

@@ -16,11 +16,16 @@ import vitkit
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = [
     "vitkit.backends",
+    "vitkit.ops.dilated_attention",
     "vitkit.ops.flash_attention",
     "vitkit.ops.group_norm_silu",
+    "vitkit.ops.window_attention",
     "vitkit.nn.attention",
+    "vitkit.nn.dilated",
     "vitkit.nn.norm",
+    "vitkit.nn.window",
     "vitkit.patch.engine",
+    "vitkit.score_bias",
     "vitkit.verify",
 ]
 

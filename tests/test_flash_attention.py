@@ -342,6 +342,34 @@ def test_no_score_sized_memory(device, backend):
     assert allocations and max(allocations) < limit
 
 
+def test_gradient_of_a_bias_shared_by_the_batch_is_of_its_own_size(device, backend):
+    """No [B, H, N, N] buffer: what is allocated for the gradient of [1, H, N, N] does not grow with
+    the batch."""
+    if backend == "reference":
+        pytest.skip("the reference is the formula, scores and all")
+    n, heads = (40, 1) if backend == "triton" and device == "cpu" else (160, 2)
+    batch = 12
+    tensors = make(device, torch.float32, batch=batch, nq=n, nk=n, heads=heads, head_dim=8)
+    bias = torch.randn(1, heads, n, n, device=device)
+
+    def peak(need_dbias):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        term = bias.detach().requires_grad_(need_dbias)
+        out = vitkit.flash_attention(*leaves, bias=term, backend=backend)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            out.backward(out.detach())
+        now = most = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                now += event.nbytes()
+                most = max(most, now)
+        return most
+
+    peak(True)
+    # The gradient, and at most a few partial sums of its size: a quarter of the batch's scores.
+    assert 0 < peak(True) - peak(False) <= bias.nbytes * (1 + batch // 4)
+
+
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_random_calls_agree_with_the_reference(data):

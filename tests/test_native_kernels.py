@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = {
     "attention_forward": ("flash_attention_kernel.cpp",),
     "attention_backward": ("flash_attention_bwd_kernel.cpp",),
+    "dilated_attention": ("dilated_attention_kernel.cpp", "dilated_attention_bwd_kernel.cpp"),
     "group_norm_silu": ("group_norm_silu_kernel.cpp", "scratch.cpp"),
     "window_attention": ("window_attention_kernel.cpp", "window_attention_bwd_kernel.cpp"),
 }
@@ -113,6 +114,30 @@ MUTANTS = {
     ),
     "sums of dK and dV are stored unturned": (
         "attention_backward", "amx-emulated", "attention/backward_amx.h", "transpose16(v);\n", "",
+    ),
+    "zeros of a dilated segment are not attended": (
+        "dilated_attention", "avx512-emulated", "attention/forward.h",
+        "zeros > 0) {", "zeros > 0 && tiling_.chunks == 0) {",
+    ),
+    "branches overwrite each other's gradients": (
+        "dilated_attention", "amx-emulated", "attention/dilated_map.h",
+        "load_partial(to.data, n) + v", "v",
+    ),
+    "a row of the grid that a chunk cuts starts at its first column": (
+        "attention_forward", "amx-emulated", "attention/structured_bias.h",
+        "load_base2(w + first, run, columns)", "load_base2(w, run, columns)",
+    ),
+    "a token without a place poisons its row": (
+        "attention_forward", "avx512-emulated", "attention/structured_bias.h",
+        "max(fma(dx, dx, dy * dy), f32v{})", "fma(dx, dx, dy * dy)",
+    ),
+    "the gradient of rel_w forgets the end of a row of the grid": (
+        "attention_backward", "amx-emulated", "attention/structured_bias.h",
+        "to[c] += ds[c];", "",
+    ),
+    "the gradient of a slope has the wrong sign": (
+        "attention_backward", "avx512-emulated", "attention/structured_bias.h",
+        "sums[i] -= reduce_add(sum)", "sums[i] += reduce_add(sum)",
     ),
     "every region of a shifted window has the mask of the first": (
         "window_attention", "avx512-emulated", "attention/window_map.h",

@@ -172,6 +172,14 @@ def test_windows(device, backend, dtype, window, cosine):
     check(tensors, backend, (window,) * 2, (window // 2,) * 2)
 
 
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("cosine", [False, True], ids=["v1", "v2"])
+def test_padded_windows_of_several_tiles(device, backend, cosine, padding):
+    """81 tokens are more than a tile of 64; the pads are spread over both tiles."""
+    tensors = make(device, torch.float32, 10, 8, (9, 9), batch=1, heads=1, cosine=cosine)
+    check(tensors, backend, (9, 9), (4, 2), padding)
+
+
 @pytest.mark.parametrize("table", [False, True], ids=["no_table", "table"])
 @pytest.mark.parametrize("pad", [False, True], ids=["zeros", "pad_value"])
 @pytest.mark.parametrize("cosine", [False, True], ids=["v1", "v2"])
@@ -237,7 +245,9 @@ def test_nan_stays_in_its_window(device, backend):
 
 
 def test_table_gradient_is_deterministic(device, backend):
-    qkv, table, _, _ = make(device, torch.float32, 28, 21, batch=3, heads=3)
+    interpreted = backend == "triton" and device == "cpu"
+    height, batch, heads = (14, 2, 2) if interpreted else (28, 3, 3)
+    qkv, table, _, _ = make(device, torch.float32, height, 21, batch=batch, heads=heads)
     table.requires_grad_()
 
     def gradient():

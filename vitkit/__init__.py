@@ -12,9 +12,12 @@ from vitkit.ops.flash_attention import flash_attention
 from vitkit.ops.group_norm_silu import group_norm_silu
 from vitkit.ops.window_attention import window_attention
 from vitkit.patch import is_patched, patch, patched, unpatch
+from vitkit.score_bias import DecomposedBias, DistanceBias
 from vitkit.verify import verify
 
 __all__ = [
+    "DecomposedBias",
+    "DistanceBias",
     "__version__",
     "dilated_attention",
     "explain",

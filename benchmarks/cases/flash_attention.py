@@ -37,14 +37,14 @@ def _bias_shape(kind: str, b: int, nq: int, nk: int, h: int) -> tuple[int, ...] 
     return shapes[kind]
 
 
-def _sdpa(
+def sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
 
-def _eager(
+def eager(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -57,16 +57,16 @@ def _eager(
 def _sdpa_with(backend: SDPBackend) -> Callable[..., torch.Tensor]:
     def call(*tensors: Any) -> torch.Tensor:
         with sdpa_kernel(backend):
-            return _sdpa(*tensors)
+            return sdpa(*tensors)
 
     return call
 
 
 def _rivals(device: str) -> dict[str, Callable[..., torch.Tensor]]:
     rivals: dict[str, Callable[..., torch.Tensor]] = {
-        "eager": _eager,
-        "torch.compile": torch.compile(_eager),
-        "sdpa": _sdpa,
+        "eager": eager,
+        "torch.compile": torch.compile(eager),
+        "sdpa": sdpa,
     }
     backends = ["MATH", "FLASH_ATTENTION"]
     if device == "cuda":
@@ -150,7 +150,7 @@ def make_case(
 
         providers = [Provider("vitkit", bind(ours), ours=True)]
         providers += [Provider(n, bind(f)) for n, f in _rivals(device).items()]
-        return providers, bind(_eager, double=True)
+        return providers, bind(eager, double=True)
 
     element = dtype.itemsize
     tensors = b * h * d * (2 * nq + 2 * nk) * element
@@ -177,7 +177,9 @@ def make_case(
 
 
 def cases(device: str) -> list[Case]:
-    found = []
+    from . import score_bias  # which takes its rivals from here
+
+    found = score_bias.cases(device)
     for name, b, nq, nk, h, d, bias, targets, sets in SHAPES:
         for backward in (False, True):
             for dtype in (torch.float32, torch.bfloat16):

@@ -5,50 +5,37 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <tuple>
 
 #include "attention/inputs.h"
+#include "attention/schedule.h"
 #include "check.h"
 #include "isa.h"
-#include "parallel.h"
-#include "scratch.h"
 
 VITKIT_ISA_TABLE(FlashForwardKernels, flash_forward_kernels)
 
 namespace vitkit::cpu {
 namespace {
 
-constexpr double kFlopsPerThread = 2e6;  // about 20 us, several times what waking a thread costs
 constexpr int64_t kUnitsPerThread = 4;
 
 // Threads take units of consecutive items until none is left: cores differ in speed (hybrid CPUs,
 // other work on the machine) and causal blocks in cost. A unit is one or more whole heads where
 // there are enough of them, because each thread that works on a head packs its keys again.
-void run_items(const FlashForwardKernels& kernels, const FlashForward& p, int64_t items,
-               int64_t heads, double flops) {
-  const int64_t threads = std::clamp<int64_t>(int64_t(flops / kFlopsPerThread), 1, num_threads());
+void run_blocks(const FlashForwardKernels& kernels, const FlashForward& p, int64_t items,
+                int64_t heads, double flops) {
+  const int64_t threads = threads_for(flops);
   const int64_t head_items = (items + heads - 1) / heads;
   int64_t unit = std::max<int64_t>(1, items / (threads * kUnitsPerThread));
   if (unit >= head_items) unit = unit / head_items * head_items;
   const size_t scratch = size_t(kernels.scratch_bytes(p));
-  std::atomic<int64_t> next{0};
-  parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    void* memory = thread_scratch(scratch);
-    for (int64_t begin; (begin = next.fetch_add(unit, std::memory_order_relaxed)) < items;)
-      kernels.run(p, begin, std::min(begin + unit, items), memory);
-    release_large_scratch();
+  run_items((items + unit - 1) / unit, threads, scratch, [&](int64_t i, void* memory, int64_t) {
+    kernels.run(p, i * unit, std::min((i + 1) * unit, items), memory);
   });
 }
 
-std::tuple<Tensor, Tensor> flash_attention_fwd(Tensor q, Tensor k, Tensor v,
-                                               std::optional<Tensor> bias,
-                                               std::optional<Tensor> cu_seqlens_q,
-                                               std::optional<Tensor> cu_seqlens_k, bool causal,
-                                               double scale) {
-  const AttentionArguments arguments("flash_attention", q, k, v, bias, cu_seqlens_q, cu_seqlens_k,
-                                     causal, scale);
+std::tuple<Tensor, Tensor> attend(const Tensor& q, const AttentionArguments& arguments) {
   const AttentionInputs& in = arguments.in;
   const bool packed = arguments.packed();
   Tensor out = torch::stable::new_empty(q, q.sizes());
@@ -89,8 +76,35 @@ std::tuple<Tensor, Tensor> flash_attention_fwd(Tensor q, Tensor k, Tensor v,
   if (items == 0) return {out, lse};
 
   const double flops = 4. * pairs * double(in.heads) * double(in.head_dim);
-  run_items(kernels, p, items, in.batch * in.heads, flops);
+  run_blocks(kernels, p, items, in.batch * in.heads, flops);
   return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> flash_attention_fwd(Tensor q, Tensor k, Tensor v,
+                                               std::optional<Tensor> bias,
+                                               std::optional<Tensor> cu_seqlens_q,
+                                               std::optional<Tensor> cu_seqlens_k, bool causal,
+                                               double scale) {
+  return attend(q, AttentionArguments("flash_attention", q, k, v, bias, cu_seqlens_q, cu_seqlens_k,
+                                      causal, scale));
+}
+
+std::tuple<Tensor, Tensor> flash_attention_decomposed_fwd(Tensor q, Tensor k, Tensor v,
+                                                          Tensor rel_h, Tensor rel_w, bool causal,
+                                                          double scale) {
+  constexpr const char* op = "flash_attention_decomposed";
+  AttentionArguments arguments(op, q, k, v, causal, scale);
+  arguments.add_decomposed_bias(op, rel_h, rel_w);
+  return attend(q, arguments);
+}
+
+std::tuple<Tensor, Tensor> flash_attention_distance_fwd(Tensor q, Tensor k, Tensor v, Tensor slopes,
+                                                        Tensor coords_q, Tensor coords_k,
+                                                        bool causal, double scale) {
+  constexpr const char* op = "flash_attention_distance";
+  AttentionArguments arguments(op, q, k, v, causal, scale);
+  arguments.add_distance_bias(op, slopes, coords_q, coords_k);
+  return attend(q, arguments);
 }
 
 }  // namespace
@@ -98,4 +112,6 @@ std::tuple<Tensor, Tensor> flash_attention_fwd(Tensor q, Tensor k, Tensor v,
 
 STABLE_TORCH_LIBRARY_IMPL(vitkit, CPU, m) {
   m.impl("flash_attention_fwd", TORCH_BOX(&vitkit::cpu::flash_attention_fwd));
+  m.impl("flash_attention_decomposed_fwd", TORCH_BOX(&vitkit::cpu::flash_attention_decomposed_fwd));
+  m.impl("flash_attention_distance_fwd", TORCH_BOX(&vitkit::cpu::flash_attention_distance_fwd));
 }

@@ -5,14 +5,13 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
 #include <tuple>
 
 #include "attention/inputs.h"
+#include "attention/schedule.h"
 #include "check.h"
 #include "isa.h"
-#include "parallel.h"
-#include "scratch.h"
+#include "small_tensor.h"
 
 VITKIT_ISA_TABLE(FlashBackwardKernels, flash_backward_kernels)
 
@@ -20,7 +19,6 @@ namespace vitkit::cpu {
 namespace {
 
 constexpr const char* kOp = "flash_attention_bwd";
-constexpr double kFlopsPerThread = 2e6;  // about 20 us, several times what waking a thread costs
 // With fewer tasks than this there are more, smaller cells, and more copies of a shared dbias.
 constexpr int64_t kFewTasks = 16;
 constexpr int64_t kProblemsPerCopy = 4;
@@ -69,6 +67,20 @@ class Tasks {
   int64_t copies_ = 1, problems_ = 1, count_ = 0;
 };
 
+// Sums `keys` consecutive floats of each of `copies` copies into every element of `result`.
+void reduce(const FlashBackwardKernels& kernels, const Tensor& sums, int64_t copies,
+            int64_t copy_floats, int64_t keys, Tensor* result) {
+  const auto* from = static_cast<const float*>(sums.const_data_ptr());
+  auto* to = static_cast<char*>(result->mutable_data_ptr());
+  const ElementType type = element_type(*result);
+  const int64_t element = type == ElementType::f32 ? 4 : 2;
+  constexpr int64_t kGrain = 1 << 14;
+  parallel_for(0, result->numel(), kGrain, [&](int64_t begin, int64_t end) {
+    kernels.reduce_bias(from + begin * keys, copies, copy_floats, keys, end - begin, type,
+                        to + begin * element);
+  });
+}
+
 // Output and float32 sums of dbias. Cells of different lanes must not share sums: where neither
 // queries nor keys distinguish them, the keys do, until the end.
 struct BiasGrad {
@@ -101,31 +113,9 @@ struct BiasGrad {
   }
 
   void finish(const FlashBackwardKernels& kernels, int64_t copies) {
-    if (!sums.defined()) return;
-    const auto* from = static_cast<const float*>(sums.const_data_ptr());
-    auto* to = static_cast<char*>(result.mutable_data_ptr());
-    const ElementType type = element_type(result);
-    const int64_t element = type == ElementType::f32 ? 4 : 2;
-    constexpr int64_t kGrain = 1 << 14;
-    parallel_for(0, result.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      kernels.reduce_bias(from + begin * keys, copies, copy_floats, keys, end - begin, type,
-                          to + begin * element);
-    });
+    if (sums.defined()) reduce(kernels, sums, copies, copy_floats, keys, &result);
   }
 };
-
-// Takes items 0, 1, ... with `threads` threads; f(item, scratch, thread).
-template <typename F>
-void run_items(int64_t items, int64_t threads, size_t scratch_bytes, const F& f) {
-  std::atomic<int64_t> next{0}, started{0};
-  parallel_for(0, std::min(threads, items), 1, [&](int64_t, int64_t) {
-    void* scratch = thread_scratch(scratch_bytes);
-    const int64_t thread = started.fetch_add(1, std::memory_order_relaxed);
-    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;)
-      f(item, scratch, thread);
-    release_large_scratch();
-  });
-}
 
 int64_t rounds(int64_t items, int64_t threads) { return (items + threads - 1) / threads; }
 
@@ -173,75 +163,71 @@ void check_like(const char* arg, const Tensor& t, const Tensor& like) {
   for (int64_t d = 0; d < like.dim(); ++d) check_size(kOp, arg, t, d, like.size(d));
 }
 
-void set_lse(FlashBackward* p, const Tensor& lse, const std::optional<Tensor>& grad_lse,
-             bool packed) {
-  const AttentionInputs& in = p->in;
-  check_rank(kOp, "lse", lse, packed ? 2 : 3);
-  const int64_t h = packed ? 0 : 1;
-  if (!packed) check_size(kOp, "lse", lse, 0, in.batch);
-  check_size(kOp, "lse", lse, h, in.heads);
-  check_size(kOp, "lse", lse, h + 1, in.nq);
-  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float, kOp, ": lse must be float32");
+void set_lse(FlashBackward* p, const Tensor& lse, const std::optional<Tensor>& grad_lse) {
+  const LseView saved = lse_view(kOp, "lse", lse, p->in);
   check_last_dim_dense(kOp, "lse", lse);
-  p->lse = static_cast<const float*>(lse.const_data_ptr());
-  p->lse_batch_stride = packed ? 0 : lse.stride(0);
-  p->lse_head_stride = lse.stride(h);
+  p->lse = saved.data;
+  p->lse_batch_stride = saved.batch_stride;
+  p->lse_head_stride = saved.head_stride;
   if (!grad_lse) return;
-  check_like("grad_lse", *grad_lse, lse);
-  STD_TORCH_CHECK(grad_lse->scalar_type() == ScalarType::Float, kOp, ": grad_lse must be float32");
-  p->grad_lse = static_cast<const float*>(grad_lse->const_data_ptr());
-  p->grad_lse_batch_stride = packed ? 0 : grad_lse->stride(0);
-  p->grad_lse_head_stride = grad_lse->stride(h);
-  p->grad_lse_query_stride = grad_lse->stride(h + 1);
+  const LseView grad = lse_view(kOp, "grad_lse", *grad_lse, p->in);
+  p->grad_lse = grad.data;
+  p->grad_lse_batch_stride = grad.batch_stride;
+  p->grad_lse_head_stride = grad.head_stride;
+  p->grad_lse_query_stride = grad.query_stride;
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+struct Saved {
+  const Tensor& grad;
+  const std::optional<Tensor>& grad_lse;
+  const Tensor &q, &k, &v, &out, &lse;
+};
 
-Gradients flash_attention_bwd(Tensor grad, std::optional<Tensor> grad_lse, Tensor q, Tensor k,
-                              Tensor v, Tensor out, Tensor lse, std::optional<Tensor> bias,
-                              std::optional<Tensor> cu_seqlens_q,
-                              std::optional<Tensor> cu_seqlens_k, bool causal, double scale,
-                              bool need_dbias) {
-  const AttentionArguments arguments(kOp, q, k, v, bias, cu_seqlens_q, cu_seqlens_k, causal, scale);
+struct Gradients {
+  Tensor dq, dk, dv;
+  std::optional<Tensor> dbias;
+};
+
+// `bias` is the one whose gradient is asked for; `structured` where those of a structured one are
+// summed.
+Gradients differentiate(const AttentionArguments& arguments, const Saved& saved,
+                        const std::optional<Tensor>& bias, const StructuredGradView& structured) {
+  const auto& [grad, grad_lse, q, k, v, out, lse] = saved;
   const AttentionInputs& in = arguments.in;
   const bool packed = arguments.packed();
   FlashBackward p{};
   p.in = in;
-  set_lse(&p, lse, grad_lse, packed);
+  set_lse(&p, lse, grad_lse);
   check_like("grad", grad, q);
   check_like("out", out, q);
   check_last_dim_dense(kOp, "out", out);
   STD_TORCH_CHECK(grad.scalar_type() == q.scalar_type() && out.scalar_type() == q.scalar_type(),
                   kOp, ": grad and out must have the dtype of q");
-  need_dbias = need_dbias && bias.has_value();
-  STD_TORCH_CHECK(!need_dbias || is_floating(bias->scalar_type()), kOp,
-                  ": bias must be floating to have a gradient");
 
-  Tensor dq = torch::stable::new_empty(q, q.sizes());
-  Tensor dk = torch::stable::new_empty(k, k.sizes());
-  Tensor dv = torch::stable::new_empty(v, v.sizes());
+  Gradients to{torch::stable::new_empty(q, q.sizes()), torch::stable::new_empty(k, k.sizes()),
+               torch::stable::new_empty(v, v.sizes()), std::nullopt};
   const bool empty = q.numel() == 0 || k.numel() == 0;
-  if (empty || !arguments.covers_queries()) torch::stable::zero_(dq);
+  if (empty || !arguments.covers_queries()) torch::stable::zero_(to.dq);
   if (empty || !arguments.covers_keys()) {
-    torch::stable::zero_(dk);
-    torch::stable::zero_(dv);
+    torch::stable::zero_(to.dk);
+    torch::stable::zero_(to.dv);
   }
   if (empty) {
-    Tensor dbias = need_dbias ? torch::stable::new_zeros(*bias, bias->sizes())
-                              : torch::stable::new_empty(q, {0});
-    return {dq, dk, dv, dbias};
+    if (bias) to.dbias = torch::stable::new_zeros(*bias, bias->sizes());
+    return to;
   }
   p.out = rows_view(out);
   p.grad = rows_view(grad);
   p.grad_dim_stride = grad.stride(grad.dim() - 1);
-  p.dq = rows_view(dq);
-  p.dk = rows_view(dk);
-  p.dv = rows_view(dv);
+  p.dq = rows_view(to.dq);
+  p.dk = rows_view(to.dk);
+  p.dv = rows_view(to.dv);
+  p.dstructured = structured;
 
   const FlashBackwardKernels& kernels = flash_backward_kernels();
-  const Tasks tasks(in, need_dbias ? bias : std::nullopt);
+  const Tasks tasks(in, bias);
   std::optional<BiasGrad> dbias;
-  if (need_dbias) {
+  if (bias) {
     dbias.emplace(*bias, in, tasks.copies());
     p.dbias = dbias->view;
   }
@@ -256,11 +242,96 @@ Gradients flash_attention_bwd(Tensor grad, std::optional<Tensor> grad_lse, Tenso
   for (int64_t b = 0; b < (packed ? in.batch : 1); ++b)
     grids.push_back(kernels.grid(p, arguments.queries(b), arguments.keys(b)));
   const double flops = 10. * pairs * double(in.heads) * double(in.head_dim);
-  run_tasks(kernels, p, tasks, grids, q,
-            std::clamp<int64_t>(int64_t(flops / kFlopsPerThread), 1, num_threads()));
+  run_tasks(kernels, p, tasks, grids, q, threads_for(flops));
 
-  if (dbias) dbias->finish(kernels, tasks.copies());
-  return {dq, dk, dv, need_dbias ? dbias->result : torch::stable::new_empty(q, {0})};
+  if (dbias) {
+    dbias->finish(kernels, tasks.copies());
+    to.dbias = dbias->result;
+  }
+  return to;
+}
+
+Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_bwd(
+    Tensor grad, std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,
+    Tensor lse, std::optional<Tensor> bias, std::optional<Tensor> cu_seqlens_q,
+    std::optional<Tensor> cu_seqlens_k, bool causal, double scale, bool need_dbias) {
+  const AttentionArguments arguments(kOp, q, k, v, bias, cu_seqlens_q, cu_seqlens_k, causal, scale);
+  need_dbias = need_dbias && bias.has_value();
+  STD_TORCH_CHECK(!need_dbias || is_floating(bias->scalar_type()), kOp,
+                  ": bias must be floating to have a gradient");
+  const Gradients g = differentiate(arguments, {grad, grad_lse, q, k, v, out, lse},
+                                    need_dbias ? bias : std::nullopt, {});
+  return {g.dq, g.dk, g.dv, g.dbias ? *g.dbias : nothing(q)};
+}
+
+// Sums of the gradient of t over cells, [batch, heads, queries, ...] like t.
+Tensor zero_sums(const Tensor& t) {
+  return torch::stable::new_zeros(t, t.sizes(), ScalarType::Float);
+}
+
+// Sums as a gradient of the type of t.
+Tensor rounded(const Tensor& sums, const Tensor& t) {
+  if (t.scalar_type() == ScalarType::Float) return sums;
+  Tensor result = torch::stable::new_empty(t, t.sizes());
+  reduce(flash_backward_kernels(), sums, 1, 0, 1, &result);
+  return result;
+}
+
+float* floats(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attention_decomposed_bwd(
+    Tensor grad, std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,
+    Tensor lse, Tensor rel_h, Tensor rel_w, bool causal, double scale, bool need_dterm) {
+  AttentionArguments arguments(kOp, q, k, v, causal, scale);
+  arguments.add_decomposed_bias(kOp, rel_h, rel_w);
+  StructuredGradView view{};
+  Tensor drel_h = nothing(q), drel_w = nothing(q);
+  if (need_dterm) {
+    drel_h = zero_sums(rel_h);
+    drel_w = zero_sums(rel_w);
+    view.rel_h = floats(drel_h);
+    view.rel_w = floats(drel_w);
+  }
+  const Gradients g =
+      differentiate(arguments, {grad, grad_lse, q, k, v, out, lse}, std::nullopt, view);
+  if (need_dterm) {
+    drel_h = rounded(drel_h, rel_h);
+    drel_w = rounded(drel_w, rel_w);
+  }
+  return {g.dq, g.dk, g.dv, drel_h, drel_w};
+}
+
+// [heads] from sums [batch, heads, queries], always in one order.
+Tensor sum_over_queries(const Tensor& sums, const Tensor& slopes) {
+  const auto* from = static_cast<const float*>(sums.const_data_ptr());
+  const int64_t heads = sums.size(1), queries = sums.size(2);
+  std::vector<float> result(size_t(heads), 0.f);
+  for (int64_t h = 0; h < heads; ++h) {
+    double sum = 0;
+    for (int64_t b = 0; b < sums.size(0); ++b)
+      for (int64_t i = 0; i < queries; ++i) sum += from[(b * heads + h) * queries + i];
+    result[size_t(h)] = float(sum);
+  }
+  return like_of(slopes, result);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> flash_attention_distance_bwd(
+    Tensor grad, std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,
+    Tensor lse, Tensor slopes, Tensor coords_q, Tensor coords_k, bool causal, double scale,
+    bool need_dterm) {
+  AttentionArguments arguments(kOp, q, k, v, causal, scale);
+  arguments.add_distance_bias(kOp, slopes, coords_q, coords_k);
+  StructuredGradView view{};
+  Tensor sums;
+  if (need_dterm) {
+    sums = zero_sums(lse);
+    view.slopes = floats(sums);
+  }
+  const Gradients g =
+      differentiate(arguments, {grad, grad_lse, q, k, v, out, lse}, std::nullopt, view);
+  return {g.dq, g.dk, g.dv, need_dterm ? sum_over_queries(sums, slopes) : nothing(q)};
 }
 
 }  // namespace
@@ -268,4 +339,6 @@ Gradients flash_attention_bwd(Tensor grad, std::optional<Tensor> grad_lse, Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(vitkit, CPU, m) {
   m.impl("flash_attention_bwd", TORCH_BOX(&vitkit::cpu::flash_attention_bwd));
+  m.impl("flash_attention_decomposed_bwd", TORCH_BOX(&vitkit::cpu::flash_attention_decomposed_bwd));
+  m.impl("flash_attention_distance_bwd", TORCH_BOX(&vitkit::cpu::flash_attention_distance_bwd));
 }

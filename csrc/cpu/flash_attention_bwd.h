@@ -15,6 +15,12 @@ struct BiasGradView {
   int64_t copy_stride, batch_stride, head_stride, query_stride, key_stride;
 };
 
+// Sums of the gradients of structured biases in float32, null where none is asked for:
+// rel_h [batch, heads, nq, height], rel_w [batch, heads, nq, width], slopes [batch, heads, nq].
+struct StructuredGradView {
+  float *rel_h, *rel_w, *slopes;
+};
+
 // The score matrix of a problem is cut into query_ranges x key_ranges cells, from its shape alone.
 // In one step, cells of different lanes share neither rows of dQ nor rows of dK and dV; a row of
 // either meets its cells in the order of the steps. Any schedule that keeps the steps of a problem
@@ -37,6 +43,7 @@ struct FlashBackward {
   const float* grad_lse;  // null: zero
   int64_t grad_lse_batch_stride, grad_lse_head_stride, grad_lse_query_stride;
   BiasGradView dbias;
+  StructuredGradView dstructured;
   int64_t max_nq, max_nk;  // over all problems
   bool fine;               // few problems: smaller cells, for more lanes
 };

@@ -1,10 +1,27 @@
-// flash_attention gradient: strided maps, no term or a dense one, with or without its gradient.
+// flash_attention gradient: strided maps, any score term with or without its gradient.
 #include "attention/backward_amx.h"
 #include "attention/backward_float32.h"
 #include "attention/backward_problem.h"
+#include "attention/structured_bias.h"
 
 namespace vitkit::cpu::VITKIT_ISA {
 namespace {
+
+// Of row 0 of the problem, in sums [batch, heads, nq, width].
+float* sums_of(const FlashBackward& p, const BackwardProblem& at, float* sums, int64_t width) {
+  return sums ? sums + (at.batch * p.in.heads + at.head) * p.in.nq * width : nullptr;
+}
+
+DecomposedSink decomposed_sink(const FlashBackward& p, const BackwardProblem& at) {
+  const DecomposedView& v = p.in.decomposed;
+  return {sums_of(p, at, p.dstructured.rel_h, v.height),
+          sums_of(p, at, p.dstructured.rel_w, v.width), v.height, v.width};
+}
+
+DistanceSink distance_sink(const FlashBackward& p, const BackwardProblem& at,
+                           const DistanceTerm& term) {
+  return {term, sums_of(p, at, p.dstructured.slopes, 1)};
+}
 
 template <typename Compute>
 struct Run {
@@ -24,6 +41,13 @@ struct Run {
 
   static void cell(const FlashBackward& p, const BackwardProblem& at, int64_t step, int64_t lane,
                    void* scratch) {
+    if (p.in.decomposed.rel_h)
+      return run(p, at, decomposed_term(p.in.decomposed, at.batch, at.head), decomposed_sink(p, at),
+                 step, lane, scratch);
+    if (p.in.distance.slopes) {
+      const DistanceTerm term = distance_term(p.in.distance, at.batch, at.head);
+      return run(p, at, term, distance_sink(p, at, term), step, lane, scratch);
+    }
     if (!p.in.bias.data) return run(p, at, NoTerm(), NoSink(), step, lane, scratch);
     const DenseTerm term = dense_term(p.in.bias, at);
     if (!p.dbias.data) return run(p, at, term, NoSink(), step, lane, scratch);

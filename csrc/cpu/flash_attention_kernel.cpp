@@ -1,8 +1,9 @@
-// flash_attention forward: strided maps, no term or a dense one.
+// flash_attention forward: strided maps, any score term.
 #include "flash_attention.h"
 
 #include "attention/forward_amx.h"
 #include "attention/forward_float32.h"
+#include "attention/structured_bias.h"
 
 namespace vitkit::cpu::VITKIT_ISA {
 namespace {
@@ -19,18 +20,12 @@ Extent extent(const AttentionInputs& in, int64_t b) {
 }
 
 template <typename T>
-T* rows(const RowsView& view, int64_t b, int64_t h, int64_t token) {
-  return reinterpret_cast<T*>(view.data) + b * view.batch_stride + h * view.head_stride +
-         token * view.token_stride;
-}
-
-template <typename T>
 StridedMap<T> strided_map(const FlashForward& p, const Extent& e, int64_t b, int64_t h) {
   const AttentionInputs& in = p.in;
-  return {rows<const T>(in.q, b, h, e.q),
-          rows<const T>(in.k, b, h, e.k),
-          rows<const T>(in.v, b, h, e.k),
-          rows<T>(p.out, b, h, e.q),
+  return {row_pointer<const T>(in.q, b, h, e.q),
+          row_pointer<const T>(in.k, b, h, e.k),
+          row_pointer<const T>(in.v, b, h, e.k),
+          row_pointer<T>(p.out, b, h, e.q),
           p.lse + b * p.lse_batch_stride + h * p.lse_head_stride + e.q,
           in.q.token_stride,
           in.k.token_stride,
@@ -79,11 +74,18 @@ Part part_at(const FlashForward& p, int64_t item, int64_t end, int64_t max_heads
 DenseTerm make_term(const FlashForward& p, int64_t b, int64_t h, DenseTerm*) {
   return dense_term(p.in.bias, b, h);
 }
+DecomposedTerm make_term(const FlashForward& p, int64_t b, int64_t h, DecomposedTerm*) {
+  return decomposed_term(p.in.decomposed, b, h);
+}
+DistanceTerm make_term(const FlashForward& p, int64_t b, int64_t h, DistanceTerm*) {
+  return distance_term(p.in.distance, b, h);
+}
 NoTerm make_term(const FlashForward&, int64_t, int64_t, NoTerm*) { return {}; }
 
 template <typename Compute, typename Term>
 void run_with(const FlashForward& p, int64_t begin, int64_t end, void* scratch) {
   using T = typename Compute::Element;
+  static_assert(Compute::kSingleChunk <= kMostRowKeys && Compute::kChunk <= kMostRowKeys);
   const Workspace<Compute> workspace(static_cast<char*>(scratch), p.in.head_dim, p.max_nk,
                                      p.in.heads);
   for (int64_t item = begin; item < end;) {
@@ -109,6 +111,10 @@ struct Run {
   static void run(const FlashForward& p, int64_t begin, int64_t end, void* scratch) {
     if (p.in.bias.data)
       run_with<Compute, DenseTerm>(p, begin, end, scratch);
+    else if (p.in.decomposed.rel_h)
+      run_with<Compute, DecomposedTerm>(p, begin, end, scratch);
+    else if (p.in.distance.slopes)
+      run_with<Compute, DistanceTerm>(p, begin, end, scratch);
     else
       run_with<Compute, NoTerm>(p, begin, end, scratch);
   }

@@ -29,7 +29,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from ._primitives import INTERPRET, Device, Launch
 
-MODULES = ("flash_attention", "group_norm_silu")
+MODULES = ("dilated_attention", "flash_attention", "window_attention", "group_norm_silu")
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
     "sm86": GPUTarget("cuda", 86, 32),
@@ -47,7 +47,7 @@ SHARED_LIMIT = {
 }
 _MATMUL = re.compile(r"HMMA|HGMMA|QGMMA|UTC\w*MMA|v_mfma")
 _SPILL = re.compile(r"LDL|STL|scratch_")
-_LOAD = re.compile(r"LDG|UTMALDG|UBLKCP|(global|buffer)_load")
+_LOAD = re.compile(r"LDG(?!DEPBAR)|UTMALDG|UBLKCP|(global|buffer)_load")
 _WIDE = re.compile(r"\.(64|128)\b|x[24]\b|UTMALDG|UBLKCP")
 # Labels and instruction names of nvdisasm and of AMD's assembler.
 _SASS = re.compile(
@@ -75,12 +75,12 @@ class Row:
     expects_matmul: bool
 
 
-def compile_launch(launch: Launch, arch: str) -> Any:
-    """The kernel as ``launch`` would compile it on ``arch``."""
+def source_of(launch: Launch, arch: str) -> tuple[ASTSource, Any]:
+    """(what ``launch`` would compile on ``arch``, options). Its ``hash()`` tells calls apart that
+    are compiled separately."""
     if INTERPRET:
         raise RuntimeError("ahead-of-time compilation needs a process without TRITON_INTERPRET=1")
-    target = TARGETS[arch]
-    backend = make_backend(target)
+    backend = make_backend(TARGETS[arch])
     kernel = launch.kernel
     keywords = {**launch.constants, **launch.options}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -88,8 +88,13 @@ def compile_launch(launch: Launch, arch: str) -> Any:
     options, signature, constants, attributes = kernel._pack_args(
         backend, keywords, bound, specialization, options
     )
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=options.__dict__)
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def compile_launch(launch: Launch, arch: str) -> Any:
+    """The kernel as ``launch`` would compile it on ``arch``."""
+    source, options = source_of(launch, arch)
+    return triton.compile(source, target=TARGETS[arch], options=options.__dict__)
 
 
 def _nvidia(cubin: bytes) -> tuple[int, str]:

@@ -133,6 +133,13 @@ class AotSpec:
     matmul: bool = False
 
 
+def token_strides(*tensors: torch.Tensor) -> tuple[int, list[tuple[int, int, int]]]:
+    """(unit, [(batch, head, token) in units of ``unit`` elements]) of [B, N, H, D] or [T, H, D]."""
+    triples = [(t.stride(0) if t.dim() == 4 else 0, t.stride(-2), t.stride(-3)) for t in tensors]
+    unit = 8 if all(s % 8 == 0 for triple in triples for s in triple) else 1
+    return unit, [(b // unit, h // unit, n // unit) for b, h, n in triples]
+
+
 def next_power_of_2(n: int) -> int:
     """Smallest power of two >= n, at least 1."""
     return 1 << max(n - 1, 0).bit_length()

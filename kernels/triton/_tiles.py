@@ -9,11 +9,11 @@ between the rows (72 is held as 64 + 16) take the next larger one.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from ._primitives import Device, next_power_of_2
+from ._primitives import Device, largest_power_of_2, next_power_of_2
 
 
 class Tile(NamedTuple):
@@ -30,6 +30,7 @@ class Row(NamedTuple):
     tile: Tile
     reason: str
     plain: bool = False  # only without a score term
+    loaded: bool = False  # not with a score term that is computed, in float32
 
 
 NVIDIA = "sm80 sm86 sm90 sm100"
@@ -37,13 +38,13 @@ INTERPRETER = Row("cpu", 4, 256, Tile(32, 32, 4, 1), "interpreter: several tiles
 
 FORWARD: tuple[Row, ...] = (
     INTERPRETER,
-    Row("sm80 sm86", 2, 80, Tile(128, 64, 4, 3), "32 rows a warp, 11 instructions an element"),
+    Row("sm80 sm86", 2, 80, Tile(128, 64, 4, 3), "32 rows a warp, 11 instructions", loaded=True),
     Row("sm80 sm86", 2, 128, Tile(128, 64, 8, 2), "252 registers, 80 KB; 4 warps: 36 hot spills"),
     Row("sm80", 2, 192, Tile(128, 64, 8, 2), "255 registers, 112 KB"),
     Row("sm80", 2, 256, Tile(128, 32, 8, 2), "255 registers, 104 KB; 64 x 64: 14 hot spills"),
     Row("sm86", 2, 192, Tile(64, 64, 4, 2), "255 registers, 80 KB; 128 rows take 112"),
     Row("sm86", 2, 256, Tile(64, 32, 4, 2), "255 registers, 72 KB; 64 keys take 112"),
-    Row("sm90", 2, 80, Tile(128, 64, 4, 3), "216 to 255 registers, 64 to 112 KB: 2 blocks a unit"),
+    Row("sm90", 2, 80, Tile(128, 64, 4, 3), "216 to 255 registers, 64 to 112 KB", loaded=True),
     Row("sm90", 2, 192, Tile(128, 64, 8, 3), "179 to 254 registers; 4 warps: 21 hot spills"),
     Row("sm90", 2, 256, Tile(128, 64, 8, 2), "241 to 254 registers; 3 stages take 288 KB"),
     Row("sm100", 2, 192, Tile(128, 64, 8, 3), "138 to 210 registers; 128 keys spill with a term"),
@@ -130,6 +131,79 @@ BACKWARD_DBIAS: tuple[Row, ...] = (
 )
 DELTA = Tile(32, 0, 4, 1)  # one pass over two tensors: 128 threads times 16 bytes and more
 
+# Windows: the term is gathered from the table, one load an element, which takes more registers
+# than a plane does, and a tile of 64 rows leaves less of a window's last one idle than 128 (a
+# window of 144: 3 tiles, or 2 of which one has 16 rows). Published head dims end at 64; larger ones
+# take the tiles above. Float32 too: it spills nowhere inside a loop.
+INTERPRETER_WINDOW = Row("cpu", 4, 256, Tile(64, 64, 4, 1), "interpreter: 65 tokens are two tiles")
+GPUS = f"{NVIDIA} hip"
+WINDOW_FORWARD: tuple[Row, ...] = (
+    INTERPRETER_WINDOW,
+    Row(GPUS, 2, 64, Tile(64, 64, 4, 2), "80 to 248 registers; 128 rows: 130 hot spills on sm90"),
+    *FORWARD,
+)
+WINDOW_DQ: tuple[Row, ...] = (
+    INTERPRETER_WINDOW,
+    Row(GPUS, 2, 64, Tile(64, 64, 4, 2), "137 to 255 registers, 24 to 45 KB"),
+    *BACKWARD_DQ,
+)
+WINDOW_DKV: tuple[Row, ...] = (
+    INTERPRETER_WINDOW,
+    Row(GPUS, 2, 64, Tile(32, 64, 4, 2), "150 to 271 registers; 64 rows: 11 hot spills on sm90"),
+    *BACKWARD_DKV,
+)
+WINDOW_DTABLE: tuple[Row, ...] = (
+    INTERPRETER_WINDOW,
+    Row(GPUS, 2, 64, Tile(64, 64, 8, 2), "120 to 255 registers; 4 warps: 18 hot spills on sm90"),
+    *BACKWARD_DBIAS,
+)
+# The whole backward pass of a window that fits: block_m = block_n. Other types and head dims take
+# the four kernels above.
+WINDOW_BACKWARD: tuple[Row, ...] = (
+    INTERPRETER_WINDOW,
+    Row(GPUS, 2, 32, Tile(64, 64, 8, 1), "175 to 255 registers; sm90: 4 warps or 2 stages spill"),
+)
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """Power-of-two blocks (D0, D1) covering ``head_dim``, each 0 or at least the 16 that a matrix
+    instruction contracts; one block where two would not be smaller. None is wider than 128: on
+    sm80 a product with more columns than rows is split by columns, and then each row of the softmax
+    is spread over all warps. Beside 128 columns the second block has 64 or 128: with 32, every tile
+    of the key gradient spills."""
+    whole = max(16, next_power_of_2(head_dim))
+    main = min(128, max(16, largest_power_of_2(head_dim)))
+    tail = max(64 if main == 128 else 16, next_power_of_2(head_dim - main))
+    one = main >= head_dim or (main + tail >= whole and whole <= 128)
+    return (whole, 0) if one else (main, tail)
+
+
+def ragged_tile(n: int, block: int) -> int:
+    """Smallest tile for the last ``n % block`` rows, 0 if there are none."""
+    rest = n % block
+    return max(16, next_power_of_2(rest)) if rest else 0
+
+
+def _fitting(
+    table: tuple[Row, ...],
+    device: Device,
+    dtype: torch.dtype,
+    head_dim: int,
+    term: bool,
+    computed: bool = False,
+) -> Tile | None:
+    size = 4 if device.arch == "cpu" else dtype.itemsize
+    fitting = (
+        row.tile
+        for row in table
+        if device.arch in row.archs.split()
+        and row.itemsize == size
+        and head_dim <= row.head_dim
+        and not (term and row.plain)
+        and not (computed and row.loaded)
+    )
+    return next(fitting, None)
+
 
 def pick_tile(
     table: tuple[Row, ...],
@@ -139,18 +213,10 @@ def pick_tile(
     n_q: int,
     n_k: int,
     term: bool,
+    computed: bool = False,
 ) -> Tile:
-    """The table's tile, cut down to short sequences."""
-    size = 4 if device.arch == "cpu" else dtype.itemsize
-    fitting = (
-        row.tile
-        for row in table
-        if device.arch in row.archs.split()
-        and row.itemsize == size
-        and head_dim <= row.head_dim
-        and not (term and row.plain)
-    )
-    tile = next(fitting, None)
+    """The table's tile, cut down to short sequences. computed: the term is, in registers."""
+    tile = _fitting(table, device, dtype, head_dim, term, computed)
     if tile is None:
         raise NotImplementedError(
             f"flash_attention: no tile for head dim {head_dim} in {dtype} on {device.arch}"
@@ -159,3 +225,26 @@ def pick_tile(
     block_n = min(tile.block_n, max(16, next_power_of_2(n_k)))
     share = max(tile.block_m // block_m, 1)
     return Tile(block_m, block_n, max(1, tile.num_warps // share), tile.num_stages)
+
+
+def pick_window_tile(device: Device, dtype: torch.dtype, head_dim: int, tokens: int) -> Tile | None:
+    """The tile of WINDOW_BACKWARD cut down to a window of ``tokens``, None if it does not fit."""
+    tile = _fitting(WINDOW_BACKWARD, device, dtype, head_dim, True)
+    if tile is None or tokens > tile.block_m:
+        return None
+    block = max(16, next_power_of_2(tokens))
+    warps = max(1, tile.num_warps * block // tile.block_m)
+    return Tile(block, block, warps, tile.num_stages)
+
+
+def head_constants(q: torch.Tensor, device: Device) -> dict[str, Any]:
+    """The constants of the attention kernels that follow from the head dim and the dtype."""
+    blocks = split_head_dim(q.shape[-1])
+    fp32 = q.dtype == torch.float32
+    tf32 = fp32 and torch.backends.cuda.matmul.allow_tf32 and device.arch.startswith("sm")
+    return {
+        "D": q.shape[-1],
+        "D0": blocks[0],
+        "D1": blocks[1],
+        "PRECISION": "tf32" if tf32 else "ieee",
+    }

@@ -1,9 +1,7 @@
-"""flash_attention: dense and packed token maps, bias and mask terms over the attention core.
+"""flash_attention: dense and packed token maps over the attention core, with any score term.
 
-The gradient of a bias is reduced to the bias's own shape inside a kernel of its own: a program owns
-a tile of the bias and walks over everything the tile is shared by (batches, heads, and the query or
-key tiles of a bias that broadcasts there), so no [B, H, Nq, Nk] buffer exists unless the bias
-itself is one. No atomics anywhere: results do not change from run to run.
+The gradient of a term is reduced to the term's own shape inside kernels of its own
+(_score_terms.py). No atomics anywhere: results do not change from run to run.
 """
 
 from __future__ import annotations
@@ -18,27 +16,27 @@ import triton
 import triton.language as tl
 
 from . import _attention as core
-from ._attention import load_lse_delta, load_rows, score_grad_tile, term_tile, weight_tile
 from ._primitives import (
-    LOG2E,
     AotSpec,
     Device,
     Launch,
     cdiv,
     device_of,
-    largest_power_of_2,
     next_power_of_2,
     run,
+    token_strides,
 )
+from ._score_terms import DecomposedTerm, DenseTerm, DistanceTerm, Term
 from ._tiles import (
-    BACKWARD_DBIAS,
     BACKWARD_DKV,
     BACKWARD_DQ,
     DELTA,
     FORWARD,
     Row,
     Tile,
+    head_constants,
     pick_tile,
+    ragged_tile,
 )
 
 # ---- token maps
@@ -105,134 +103,7 @@ def tokens_packed(map_args, origin, i):
     return (origin + i).to(tl.int64)
 
 
-# ---- score terms. args: pointer, then strides of batch, head, query, key, None where it broadcasts
-
-
-@triton.jit
-def _load_plane(term_args, batch, head, m, n, inside):
-    ptr, stride_batch, stride_head, stride_m, stride_n = term_args
-    if stride_batch is not None:
-        ptr += batch * stride_batch
-    if stride_head is not None:
-        ptr += head * stride_head
-    if stride_m is not None:
-        ptr += m.to(tl.int64) * stride_m
-    # A constexpr condition does not end a function early: what follows a return is compiled too.
-    if stride_n is not None:
-        ptr += n.to(tl.int64) * stride_n
-    if stride_n is not None and inside is not None:
-        return tl.load(ptr, mask=inside, other=0)
-    else:
-        return tl.load(ptr)
-
-
-@triton.jit
-def bias_term(term_args, batch, head, m, n, inside):
-    bias = _load_plane(term_args, batch, head, m, n, inside).to(tl.float32)
-    scaled = bias * LOG2E
-    if term_args[0].dtype.element_ty != tl.float16:
-        # torch.finfo.min as a bias: a row that has nothing else still attends, evenly.
-        scaled = tl.where((scaled == float("-inf")) & (bias > float("-inf")), -3.0e38, scaled)
-    return scaled
-
-
-@triton.jit
-def mask_term(term_args, batch, head, m, n, inside):
-    return _load_plane(term_args, batch, head, m, n, inside) != 0
-
-
-# ---- bias gradient
-
-
-@triton.jit
-def attention_dbias_kernel(
-    q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dbias_ptr,
-    q_strides, k_strides, v_strides, grad_strides, lse_strides,
-    scale,  # times log2(e)
-    term_args, n_q, n_k,
-    own,  # of the bias: batches, heads, query tiles, key tiles
-    shared,  # what each of them is shared by: batches, heads, query tiles, key tiles
-    chunk,  # steps of one program; several programs share a tile if there are few tiles
-    TERM: tl.constexpr, CAUSAL: tl.constexpr, REDUCE_M: tl.constexpr,
-    REDUCE_N: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dbias [chunks, batches, heads, Nq or 1, Nk or 1]: sum of ds over what shares the bias."""
-    pid = tl.program_id(0)
-    own_n = pid % own[3]
-    own_m = pid // own[3] % own[2]
-    own_head = pid // own[3] // own[2] % own[1]
-    plane = pid // own[3] // own[2]  # (chunk, batch, head)
-    own_batch = plane // own[1] % own[0]
-    lo = plane // own[1] // own[0] * chunk
-    hi = tl.minimum(lo + chunk, shared[0] * shared[1] * shared[2] * shared[3])
-    if CAUSAL and not REDUCE_M and not REDUCE_N:
-        hi = tl.where(own_n * BLOCK_N > own_m * BLOCK_M + BLOCK_M - 1, lo, hi)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in tl.range(lo, hi):
-        offs_n = (own_n + step % shared[3]) * BLOCK_N + tl.arange(0, BLOCK_N)
-        offs_m = (own_m + step // shared[3] % shared[2]) * BLOCK_M + tl.arange(0, BLOCK_M)
-        step_head = step // shared[3] // shared[2]
-        head = (own_head + step_head % shared[1]).to(tl.int64)
-        batch = (own_batch + step_head // shared[1]).to(tl.int64)
-        valid_m = offs_m < n_q
-        valid_n = offs_n < n_k
-        at = (batch, head, 0, 0, n_q, 0, n_k)
-        t = term_tile(term_args, at, offs_m, offs_n, valid_n, True, 0, TERM)
-        m = offs_m.to(tl.int64)
-        n = offs_n.to(tl.int64) * UNIT
-        q_row = q_ptr + (batch * q_strides[0] + head * q_strides[1]) * UNIT
-        k_row = k_ptr + (batch * k_strides[0] + head * k_strides[1]) * UNIT
-        v_row = v_ptr + (batch * v_strides[0] + head * v_strides[1]) * UNIT
-        grad_row = grad_ptr + (batch * grad_strides[0] + head * grad_strides[1]) * UNIT
-        q = load_rows(q_row, m * UNIT, q_strides[2], valid_m, True, D, D0, D1)
-        k = load_rows(k_row, n, k_strides[2], valid_n, True, D, D0, D1)
-        statistics = batch * lse_strides[0] + head * lse_strides[1] + m * lse_strides[2]
-        lse, delta = load_lse_delta(lse_ptr, delta_ptr, statistics, valid_m, True)
-        keep = valid_n[None, :]
-        if CAUSAL:
-            keep = keep & (offs_n[None, :] <= offs_m[:, None])
-        p = weight_tile(q, k, lse[:, None], scale, t, keep, False, True, D1, PRECISION)
-        grad = load_rows(grad_row, m * UNIT, grad_strides[2], valid_m, True, D, D0, D1)
-        v = load_rows(v_row, n, v_strides[2], valid_n, True, D, D0, D1)
-        acc += score_grad_tile(p, grad, v, delta[:, None], D1, PRECISION)
-
-    size_m = 1 if REDUCE_M else n_q
-    size_n = 1 if REDUCE_N else n_k
-    offs_m = tl.arange(0, 1) if REDUCE_M else own_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, 1) if REDUCE_N else own_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    if REDUCE_M:
-        acc = tl.sum(acc, 0, keep_dims=True)
-    if REDUCE_N:
-        acc = tl.sum(acc, 1, keep_dims=True)
-    row = (plane.to(tl.int64) * size_m + offs_m)[:, None] * size_n
-    tl.store(
-        dbias_ptr + row + offs_n[None, :],
-        acc.to(dbias_ptr.dtype.element_ty),
-        mask=(offs_m < size_m)[:, None] & (offs_n < size_n)[None, :],
-    )
-
-
 # ---- launchers
-
-
-def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """Power-of-two blocks (D0, D1) covering ``head_dim``, each 0 or at least the 16 that a matrix
-    instruction contracts; one block where two would not be smaller. None is wider than 128: on
-    sm80 a product with more columns than rows is split by columns, and then each row of the softmax
-    is spread over all warps. Beside 128 columns the second block has 64 or 128: with 32, every tile
-    of the key gradient spills."""
-    whole = max(16, next_power_of_2(head_dim))
-    main = min(128, max(16, largest_power_of_2(head_dim)))
-    tail = max(64 if main == 128 else 16, next_power_of_2(head_dim - main))
-    one = main >= head_dim or (main + tail >= whole and whole <= 128)
-    return (whole, 0) if one else (main, tail)
-
-
-def _tail(n: int, block: int) -> int:
-    """Smallest tile for the last ``n % block`` rows, 0 if there are none."""
-    rest = n % block
-    return max(16, next_power_of_2(rest)) if rest else 0
 
 
 @dataclass
@@ -242,7 +113,7 @@ class _Call:
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    bias: torch.Tensor | None
+    term: Term | None
     cu_seqlens_q: torch.Tensor | None
     cu_seqlens_k: torch.Tensor | None
     causal: bool
@@ -258,28 +129,17 @@ class _Call:
             self.batch, self.n_q, self.heads, self.head_dim = self.q.shape
             self.sequences = self.batch
         self.n_k = self.k.shape[-3]
-        blocks = split_head_dim(self.head_dim)
-        fp32 = self.q.dtype == torch.float32
-        tf32 = fp32 and torch.backends.cuda.matmul.allow_tf32 and self.device.arch.startswith("sm")
         self.constants: dict[str, Any] = {
-            "TERM": None if self.bias is None else mask_term if self._mask else bias_term,
             "CAUSAL": bool(self.causal),
             # A scale <= 0 would turn the maximum around.
-            "FOLD": self.bias is None and self.scale > 0,
-            "D": self.head_dim,
-            "D0": blocks[0],
-            "D1": blocks[1],
-            "PRECISION": "tf32" if tf32 else "ieee",
+            "FOLD": self.term is None and self.scale > 0,
+            **head_constants(self.q, self.device),
         }
         self.map = {
             "LOCATE": locate_packed if self.packed else locate_dense,
             "TOKENS": tokens_packed if self.packed else tokens_dense,
         }
         self.scale_log2 = self.scale * math.log2(math.e)
-
-    @property
-    def _mask(self) -> bool:
-        return self.bias is not None and self.bias.dtype == torch.bool
 
     @property
     def map_args(self) -> tuple[Any, ...]:
@@ -290,32 +150,25 @@ class _Call:
 
     @property
     def term_args(self) -> tuple[Any, ...] | None:
-        if self.bias is None:
-            return None
-        full = (self.batch, self.heads, self.n_q, self.n_k)
-        strides = (
-            None if size == 1 and size != whole else stride
-            for size, stride, whole in zip(self.bias.shape, self.bias.stride(), full, strict=True)
-        )
-        return (self.bias.view(torch.uint8) if self._mask else self.bias, *strides)
+        return None if self.term is None else self.term.args(self)
 
-    def strides(self, *tensors: torch.Tensor) -> tuple[int, list[tuple[int, ...]]]:
-        """(unit, [(batch, head, token) in units of ``unit`` elements]) of [B, N, H, D] or
-        [T, H, D]."""
-        triples = [(0 if self.packed else t.stride(0), t.stride(-2), t.stride(-3)) for t in tensors]
-        unit = 8 if all(s % 8 == 0 for triple in triples for s in triple) else 1
-        return unit, [tuple(s // unit for s in triple) for triple in triples]
+    def core(self, tile: Tile) -> dict[str, Any]:
+        """The plug-ins and constants of a kernel of the core."""
+        term = None if self.term is None else self.term.function(tile.block_n)
+        return {**self.map, **self.constants, "TERM": term}
 
     def row_strides(self, t: torch.Tensor) -> tuple[int, int, int]:
         """(batch, head, token) of statistics [B, H, N] or [H, T]."""
         return (0 if self.packed else t.stride(0), t.stride(-2), t.stride(-1))
 
-    def tile(self, table: tuple[Row, ...]) -> Tile:
-        """Packed sequences are taken to be equally long: their lengths are on the device."""
+    def tile(self, table: tuple[Row, ...], n_k: int | None = None) -> Tile:
+        """Packed sequences are taken to be equally long: their lengths are on the device. n_k: of
+        the keys that a tile has to choose from, where that is fewer than all."""
         share = max(1, self.sequences) if self.packed else 1
-        lengths = (cdiv(self.n_q, share), cdiv(self.n_k, share))
-        term = self.bias is not None
-        return pick_tile(table, self.device, self.q.dtype, self.head_dim, *lengths, term)
+        lengths = (cdiv(self.n_q, share), cdiv(self.n_k if n_k is None else n_k, share))
+        of = (self.device, self.q.dtype, self.head_dim, *lengths)
+        computed = self.term is not None and self.term.computed
+        return pick_tile(table, *of, self.term is not None, computed)
 
     def programs(self, n: int, block: int) -> int:
         slots = n // block + self.sequences + 1 if self.packed else self.batch * cdiv(n, block)
@@ -323,23 +176,23 @@ class _Call:
 
     def key_tail(self, block_n: int) -> int:
         """Diagonal and packed tiles take the whole block: where they end is not known here."""
-        return block_n if self.packed or self.causal else _tail(self.n_k, block_n)
+        return block_n if self.packed or self.causal else ragged_tile(self.n_k, block_n)
 
     def query_tail(self, block_m: int) -> int:
-        return block_m if self.packed else _tail(self.n_q, block_m)
+        return block_m if self.packed else ragged_tile(self.n_q, block_m)
 
 
 def _forward_launches(call: _Call, out: torch.Tensor, lse: torch.Tensor) -> list[Launch]:
     tile = call.tile(FORWARD)
     q, k, v = call.q, call.k, call.v
-    unit, strides = call.strides(q, k, v, out)
+    unit, strides = token_strides(q, k, v, out)
     return [
         Launch(
             core.attention_fwd_kernel,
             (call.programs(call.n_q, tile.block_m),),
             (q, k, v, out, lse, *strides, call.row_strides(lse), call.scale_log2, call.map_args,
              call.term_args),
-            {**call.map, **call.constants, "UNIT": unit, "BLOCK_M": tile.block_m,
+            {**call.core(tile), "UNIT": unit, "BLOCK_M": tile.block_m,
              "BLOCK_N": tile.block_n, "TAIL": call.key_tail(tile.block_n)},
             tile.num_warps,
             tile.num_stages,
@@ -347,39 +200,41 @@ def _forward_launches(call: _Call, out: torch.Tensor, lse: torch.Tensor) -> list
     ]  # fmt: skip
 
 
-def forward(
-    q: torch.Tensor,  # [B, Nq, H, D] or [Tq, H, D]
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor | None,  # [B|1, H|1, Nq|1, Nk|1]
-    cu_seqlens_q: torch.Tensor | None,  # [S + 1]
-    cu_seqlens_k: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out like q, lse [B, H, Nq] or [H, Tq] float32)."""
-    out, lse, launches = plan_forward(
-        q, k, v, bias, cu_seqlens_q, cu_seqlens_k, causal, scale, device_of(q)
-    )
-    run(launches, q)
-    return out, lse
-
-
-def plan_forward(q, k, v, bias, cu_seqlens_q, cu_seqlens_k, causal, scale, device):
-    """Outputs and launches of :func:`forward` on ``device``, which meta tensors need not be on."""
+def plan_forward(call: _Call):
+    """(out like q, lse [B, H, Nq] or [H, Tq] float32), launches."""
+    q = call.q
     *batch, n_q, heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((*batch, heads, n_q), dtype=torch.float32, device=q.device)
-    if out.numel() == 0:
-        return out, lse, []
-    call = _Call(q, k, v, bias, cu_seqlens_q, cu_seqlens_k, causal, scale, device)
-    return out, lse, _forward_launches(call, out, lse)
+    return (out, lse), [] if out.numel() == 0 else _forward_launches(call, out, lse)
+
+
+def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    q = arguments[0]
+    results, launches = plan_forward(_Call(*arguments, device_of(q)))
+    run(launches, q)
+    return results
+
+
+def forward(q, k, v, bias, cu_seqlens_q, cu_seqlens_k, causal, scale):
+    """(out, lse) of vitkit::flash_attention_fwd; bias [B|1, H|1, Nq|1, Nk|1] or None."""
+    term = None if bias is None else DenseTerm(bias)
+    return _forward(q, k, v, term, cu_seqlens_q, cu_seqlens_k, causal, scale)
+
+
+def forward_decomposed(q, k, v, rel_h, rel_w, causal, scale):
+    return _forward(q, k, v, DecomposedTerm(rel_h, rel_w), None, None, causal, scale)
+
+
+def forward_distance(q, k, v, slopes, coords_q, coords_k, causal, scale):
+    term = DistanceTerm(slopes, coords_q, coords_k)
+    return _forward(q, k, v, term, None, None, causal, scale)
 
 
 def _backward_launches(call, grad, grad_lse, out, lse, delta, dq, dk, dv) -> list[Launch]:
     q, k, v = call.q, call.k, call.v
     rows = call.row_strides(lse)
-    unit, (grad_strides, out_strides) = call.strides(grad, out)
+    unit, (grad_strides, out_strides) = token_strides(grad, out)
     launches = [
         Launch(
             core.attention_delta_kernel,
@@ -396,26 +251,26 @@ def _backward_launches(call, grad, grad_lse, out, lse, delta, dq, dk, dv) -> lis
     scalars = (call.scale_log2, call.scale, call.map_args, call.term_args)
     inputs = (q, k, v, grad, lse, delta)
     tile = call.tile(BACKWARD_DKV)
-    unit, strides = call.strides(q, k, v, grad, dk, dv)
+    unit, strides = token_strides(q, k, v, grad, dk, dv)
     launches.append(
         Launch(
             core.attention_bwd_dkv_kernel,
             (call.programs(call.n_k, tile.block_n),),
             (*inputs, dk, dv, *strides[:4], rows, *strides[4:], *scalars),
-            {**call.map, **call.constants, "UNIT": unit, "BLOCK_M": tile.block_m,
+            {**call.core(tile), "UNIT": unit, "BLOCK_M": tile.block_m,
              "BLOCK_N": tile.block_n, "TAIL": call.query_tail(tile.block_m)},
             tile.num_warps,
             tile.num_stages,
         )
     )  # fmt: skip
     tile = call.tile(BACKWARD_DQ)
-    unit, strides = call.strides(q, k, v, grad, dq)
+    unit, strides = token_strides(q, k, v, grad, dq)
     launches.append(
         Launch(
             core.attention_bwd_dq_kernel,
             (call.programs(call.n_q, tile.block_m),),
             (*inputs, dq, *strides[:4], rows, *strides[4:], *scalars),
-            {**call.map, **call.constants, "UNIT": unit, "BLOCK_M": tile.block_m,
+            {**call.core(tile), "UNIT": unit, "BLOCK_M": tile.block_m,
              "BLOCK_N": tile.block_n, "TAIL": call.key_tail(tile.block_n)},
             tile.num_warps,
             tile.num_stages,
@@ -424,101 +279,94 @@ def _backward_launches(call, grad, grad_lse, out, lse, delta, dq, dk, dv) -> lis
     return launches
 
 
-def _dbias_launch(call: _Call, grad, lse, delta) -> tuple[torch.Tensor, Launch]:
-    """(partial sums [chunks, *bias.shape], launch). One chunk: it is the gradient itself."""
-    q, k, v, bias = call.q, call.k, call.v, call.bias
-    tile = call.tile(BACKWARD_DBIAS)
-    sizes = (call.batch, call.heads, cdiv(call.n_q, tile.block_m), cdiv(call.n_k, tile.block_n))
-    lengths = (call.batch, call.heads, call.n_q, call.n_k)
-    reduced = [b == 1 and full != 1 for b, full in zip(bias.shape, lengths, strict=True)]
-    own = tuple(1 if r else size for r, size in zip(reduced, sizes, strict=True))
-    shared = tuple(size if r else 1 for r, size in zip(reduced, sizes, strict=True))
-    programs, steps = math.prod(own), math.prod(shared)
-    chunk = cdiv(steps, min(steps, cdiv(2 * call.device.units, programs)))
-    chunks = cdiv(steps, chunk)
-    dtype = bias.dtype if chunks == 1 else torch.float32
-    partial = torch.empty((chunks, *bias.shape), dtype=dtype, device=bias.device)
-    unit, strides = call.strides(q, k, v, grad)
-    constants = {key: value for key, value in call.constants.items() if key != "FOLD"}
-    launch = Launch(
-        attention_dbias_kernel,
-        (chunks * programs,),
-        (q, k, v, grad, lse, delta, partial, *strides, call.row_strides(lse), call.scale_log2,
-         call.term_args, call.n_q, call.n_k, own, shared, chunk),
-        {**constants, "REDUCE_M": reduced[2], "REDUCE_N": reduced[3], "UNIT": unit,
-         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
-        tile.num_warps,
-        tile.num_stages,
-    )  # fmt: skip
-    return partial, launch
-
-
-def backward(
-    grad: torch.Tensor,  # like q, any strides
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    bias: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    causal: bool,
-    scale: float,
-    need_dbias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv, dbias); dbias is empty unless needed."""
-    call = _Call(q, k, v, bias, cu_seqlens_q, cu_seqlens_k, causal, scale, device_of(q))
-    grads, partial, launches = plan_backward(call, grad, grad_lse, out, lse, need_dbias)
-    run(launches, q)
-    if partial is None:
-        return (*grads, q.new_empty(0))
-    return (*grads, partial[0] if len(partial) == 1 else partial.sum(0).to(bias.dtype))
-
-
-def plan_backward(call: _Call, grad, grad_lse, out, lse, need_dbias):
-    """((dq, dk, dv), partial sums of dbias or None, launches)."""
+def plan_backward(call: _Call, grad, grad_lse, out, lse, need_dterm):
+    """((dq, dk, dv), partial sums of the gradients of the term or None, launches)."""
     q, k, v = call.q, call.k, call.v
     empty = q.numel() == 0 or k.numel() == 0
     make = torch.zeros if empty else torch.empty
     grads = tuple(make(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     if empty:
-        return grads, call.bias.new_zeros((1, *call.bias.shape)) if need_dbias else None, []
+        return grads, None, []
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
     delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     lse = lse.contiguous()
     launches = _backward_launches(call, grad, grad_lse, out, lse, delta, *grads)
-    partial = None
-    if need_dbias:
-        partial, launch = _dbias_launch(call, grad, lse, delta)
-        launches.append(launch)
-    return grads, partial, launches
+    if not need_dterm:
+        return grads, None, launches
+    partials, more = call.term.gradients(call, grad, lse, delta)
+    return grads, partials, launches + more
+
+
+def _backward(saved, arguments: tuple[Any, ...], need_dterm: bool, count: int):
+    """dq, dk, dv and ``count`` gradients of the term, empty ones unless needed."""
+    q = arguments[0]
+    call = _Call(*arguments, device_of(q))
+    grads, partials, launches = plan_backward(call, *saved, need_dterm)
+    run(launches, q)
+    if not need_dterm:
+        return (*grads, *(q.new_empty(0) for _ in range(count)))
+    return (*grads, *(call.term.zeros() if partials is None else call.term.finish(partials)))
+
+
+def backward(
+    grad, grad_lse, q, k, v, out, lse, bias, cu_seqlens_q, cu_seqlens_k, causal, scale, need_dterm
+):
+    """(dq, dk, dv, dbias) of vitkit::flash_attention_bwd."""
+    term = None if bias is None else DenseTerm(bias)
+    call = (q, k, v, term, cu_seqlens_q, cu_seqlens_k, causal, scale)
+    return _backward((grad, grad_lse, out, lse), call, need_dterm, 1)
+
+
+def backward_decomposed(grad, grad_lse, q, k, v, out, lse, rel_h, rel_w, causal, scale, need_dterm):
+    """(dq, dk, dv, drel_h, drel_w)"""
+    call = (q, k, v, DecomposedTerm(rel_h, rel_w), None, None, causal, scale)
+    return _backward((grad, grad_lse, out, lse), call, need_dterm, 2)
+
+
+def backward_distance(
+    grad, grad_lse, q, k, v, out, lse, slopes, coords_q, coords_k, causal, scale, need_dterm
+):
+    """(dq, dk, dv, dslopes)"""
+    term = DistanceTerm(slopes, coords_q, coords_k)
+    call = (q, k, v, term, None, None, causal, scale)
+    return _backward((grad, grad_lse, out, lse), call, need_dterm, 1)
 
 
 def aot_specs() -> list[AotSpec]:
     """Calls worth compiling without a GPU: the lengths and head dims of ViT-B, SigLIP and long
-    sequences, a learned bias with its gradient, packed sequences."""
+    sequences, every score term with its gradient, packed sequences."""
 
-    def call(name: str, n: int, head_dim: int, bias: bool = False, packed: bool = False) -> AotSpec:
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def call(
+        name: str,
+        n: int,
+        head_dim: int,
+        term: Term | None = None,
+        batch: int = 8,
+        packed: bool = False,
+    ) -> AotSpec:
         def launches(device: Device) -> list[Launch]:
-            tokens, heads = (8 * n,) if packed else (8, n), 12
-            qkv = torch.empty(*tokens, 3, heads, head_dim, dtype=torch.bfloat16, device="meta")
-            q, k, v = qkv.unbind(-3)
-            shared = (1, heads, n, n)
-            term = torch.empty(shared, dtype=q.dtype, device="meta") if bias else None
-            cu = torch.empty(9, dtype=torch.int32, device="meta") if packed else None
-            arguments = (q, k, v, term, cu, cu, False, head_dim**-0.5, device)
-            out, lse, forward_launches = plan_forward(*arguments)
-            return forward_launches + plan_backward(_Call(*arguments), out, None, out, lse, bias)[2]
+            tokens = (8 * n,) if packed else (batch, n)
+            q, k, v = meta(*tokens, 3, 12, head_dim).unbind(-3)
+            cu = meta(9, dtype=torch.int32) if packed else None
+            call = _Call(q, k, v, term, cu, cu, False, head_dim**-0.5, device)
+            (out, lse), forward_launches = plan_forward(call)
+            return forward_launches + plan_backward(call, out, None, out, lse, term is not None)[2]
 
         return AotSpec(name, launches, matmul=True)
 
+    rel = meta(1, 12, 4096, 64)
+    coords = meta(1, 20000, 2, dtype=torch.float32)
+    distance = DistanceTerm(meta(12, dtype=torch.float32), coords, coords)
     return [
         call("vit_b_197", 197, 64),
         call("siglip_head_dim_72", 256, 72),
         call("long_head_dim_128", 4096, 128),
-        call("beit_learned_bias", 197, 64, bias=True),
+        call("beit_learned_bias", 197, 64, DenseTerm(meta(1, 12, 197, 197))),
         call("packed_head_dim_64", 256, 64, packed=True),
+        call("sam_b_global", 4096, 64, DecomposedTerm(rel, rel), batch=1),
+        call("titan_20000_tiles", 20000, 64, distance, batch=1),
     ]

@@ -17,6 +17,7 @@
 #include <utility>
 
 #include "flash_attention_bwd.h"
+#include "structured_bias.h"
 
 namespace vitkit::cpu::VITKIT_ISA {
 const FlashBackwardKernels& flash_backward_kernels();
@@ -38,6 +39,8 @@ struct Case {
   double magnitude = 1;
   Bias bias = Bias::none;
   ElementType bias_type = ElementType::f32;
+  Structure structure = Structure::none;
+  int64_t width = 1;  // of a decomposed bias
   bool need_dbias = true;
   int64_t nan_row = -1;  // of q, in every head
   std::vector<int64_t> starts_q, starts_k;
@@ -73,6 +76,7 @@ class Run {
         grad_(c.type, c.expanded_grad ? 1 : rows(c.nq), normal),
         out_(c.type, rows(c.nq)),
         bias_(bias_type(), bias_elements(), [&] { return bias_value(); }),
+        structured_(c.structure, c.bias_type, c.batch, c.heads, c.nq, c.nk, c.width),
         lse_(size_t(dense_batch() * c.heads * c.nq), NAN),
         grad_lse_(lse_.size()) {
     for (float& x : grad_lse_) x = float(normal());
@@ -84,6 +88,10 @@ class Run {
         bias_.set(c.nk * (c.nq / 2) + j, 0);  // one row attends nothing
     dbias_exact_.assign(size_t(bias_elements()), 0);
     dbias_plain_ = dbias_exact_;
+    for (int part = 0; part < 2 && structured_.exists(); ++part) {
+      sums_exact_[part].assign(size_t(c.batch * c.heads * c.nq * structured_.sums(part)), 0);
+      sums_plain_[part] = sums_exact_[part];
+    }
     for (int64_t b = 0; b < c.batch; ++b)
       for (int64_t h = 0; h < c.heads; ++h) {
         exact_.push_back(head(b, h, false));
@@ -95,23 +103,26 @@ class Run {
   bool check() {
     const Result a = run(false), b = run(true);
     bool ok = q_.intact() && k_.intact() && v_.intact() && grad_.intact() && out_.intact() &&
-              bias_.intact();
+              bias_.intact() && structured_.intact();
     for (const Result* r : {&a, &b})
       ok &= r->dq.intact() && r->dk.intact() && r->dv.intact() && r->dbias.intact();
     if (!ok) std::printf("  canary overwritten\n");
-    if (!(a.dq == b.dq && a.dk == b.dk && a.dv == b.dv && a.dbias == b.dbias)) {
+    if (!(a.dq == b.dq && a.dk == b.dk && a.dv == b.dv && a.dbias == b.dbias &&
+          a.sums[0] == b.sums[0] && a.sums[1] == b.sums[1])) {
       std::printf("  another order of the lanes gives another result\n");
       ok = false;
     }
     ok &= compare("dq", a.dq, c_.nq, &Head::dq);
     ok &= compare("dk", a.dk, c_.nk, &Head::dk);
     ok &= compare("dv", a.dv, c_.nk, &Head::dv);
+    if (structured_.exists() && c_.need_dbias) ok &= compare_sums(a);
     return (!wants_dbias() || compare_dbias(a.dbias)) && ok;
   }
 
  private:
   struct Result {
     Array dq, dk, dv, dbias;
+    std::vector<float> sums[2];  // of the gradient of a structured bias
   };
 
   bool packed() const { return !c_.starts_q.empty(); }
@@ -212,6 +223,7 @@ class Run {
           const double x = bias_.at(bias_index(b, h, i, j));
           s[j] = is_mask() ? (x > 0 ? s[j] : -kInf) : rounded(s[j] + rounded(x));
         }
+        if (structured_.exists()) s[j] = rounded(s[j] + rounded(structured_.at(b, h, i, j)));
         top = std::isnan(s[j]) ? s[j] : std::fmax(top, s[j]);
       }
       if (c_.nan_row == i) top = NAN;
@@ -249,6 +261,8 @@ class Run {
       if (plain) r.ds[at] = round_to(c_.type, r.ds[at]);
       if (wants_dbias())
         (plain ? dbias_plain_ : dbias_exact_)[size_t(bias_index(b, h, i, j))] += r.ds[at];
+      if (structured_.exists())
+        structured_.reduce(b, h, i, j, r.ds[at], plain ? sums_plain_ : sums_exact_);
     }
   }
 
@@ -283,6 +297,7 @@ class Run {
             packed() ? c_.starts_k.data() : nullptr,
             float(scale()),
             c_.causal};
+    structured_.give_to(&p.in);
     p.out = view(out_, c_.nq);
     p.grad = c_.expanded_grad ? RowsView{grad_.data(), 0, 0, 0} : view(grad_, c_.nq);
     p.grad_dim_stride = c_.expanded_grad ? 0 : 1;
@@ -326,12 +341,15 @@ class Run {
 
   Result run(bool reversed) {
     const auto nan = [] { return double(NAN); };
-    Result r{Array(c_.type, rows(c_.nq), nan), Array(c_.type, rows(c_.nk), nan),
+    Result r{Array(c_.type, rows(c_.nq), nan),
              Array(c_.type, rows(c_.nk), nan),
-             Array(bias_type(), bias_elements(), [] { return 0.; })};
+             Array(c_.type, rows(c_.nk), nan),
+             Array(bias_type(), bias_elements(), [] { return 0.; }),
+             {}};
     FlashBackward p = parameters(&r);
     std::vector<float> bias_sums;
     if (wants_dbias()) p.dbias = dbias_view(r.dbias.data(), &bias_sums);
+    if (structured_.exists() && c_.need_dbias) p.dstructured = sums_view(&r);
     const FlashBackwardKernels& kernels = isa::flash_backward_kernels();
     const Poisoned scratch(size_t(kernels.scratch_bytes(p))),
         sums(size_t(kernels.sums_floats(p)) * sizeof(float));
@@ -368,6 +386,26 @@ class Run {
     return report(name, ours, plain, c_.type, 3. * double(std::max(c_.nq, c_.nk) * c_.head_dim));
   }
 
+  StructuredGradView sums_view(Result* to) {
+    for (int part = 0; part < 2; ++part) to->sums[part].assign(sums_exact_[part].size(), 0.f);
+    if (c_.structure == Structure::distance) return {nullptr, nullptr, to->sums[0].data()};
+    return {to->sums[0].data(), to->sums[1].data(), nullptr};
+  }
+
+  bool compare_sums(const Result& got) {
+    bool ok = true;
+    for (int part = 0; part < (c_.structure == Structure::distance ? 1 : 2); ++part) {
+      Error ours, plain;
+      for (size_t i = 0; i < sums_exact_[part].size(); ++i) {
+        ours.add(got.sums[part][i], sums_exact_[part][i]);
+        plain.add(round_to(c_.type, sums_plain_[part][i]), sums_exact_[part][i]);
+      }
+      const double terms = double(c_.nk) / double(structured_.sums(part)) * double(c_.head_dim);
+      ok &= report(part ? "drel_w" : "drel_h or dslopes", ours, plain, c_.type, 3. * terms);
+    }
+    return ok;
+  }
+
   bool compare_dbias(const Array& got) {
     Error ours, plain;
     for (size_t i = 0; i < dbias_exact_.size(); ++i) {
@@ -391,10 +429,38 @@ class Run {
 
   Case c_;
   Array q_, k_, v_, grad_, out_, bias_;
+  StructuredBias structured_;
   std::vector<float> lse_, grad_lse_;
   std::vector<double> dbias_exact_, dbias_plain_;
+  std::vector<double> sums_exact_[2], sums_plain_[2];
   std::vector<Head> exact_, plain_;
 };
+
+template <typename Add>
+void add_structured(ElementType type, const Add& add) {
+  for (int64_t width : {2, 14, 16, 33, 64}) {
+    Case& c = add("decomposed_width_" + std::to_string(width), 21, 6 * width, 16);
+    c.structure = Structure::decomposed;
+    c.width = width;
+    c.bias_type = type;
+    c.batch = 2;
+  }
+  for (Structure structure : {Structure::decomposed, Structure::distance})
+    for (bool causal : {false, true}) {
+      const std::string kind = structure == Structure::distance ? "distance" : "decomposed";
+      Case& c = add(kind + (causal ? "_ranges_causal" : "_ranges"), 290, 300, 8);
+      c.structure = structure;
+      c.width = 12;
+      c.causal = causal;
+      c.fine = true;
+    }
+  Case& distance = add("distance_batch", 37, 51, 24);
+  distance.structure = Structure::distance;
+  distance.batch = 2;
+  Case& fixed = add("distance_without_gradient", 20, 30, 8);
+  fixed.structure = Structure::distance;
+  fixed.need_dbias = false;
+}
 
 std::vector<Case> cases(ElementType type) {
   std::vector<Case> all;
@@ -452,6 +518,7 @@ std::vector<Case> cases(ElementType type) {
   ranges.bias = Bias::dense;
   ranges.bias_type = type;
   ranges.causal = ranges.fine = true;
+  add_structured(type, add);
   Case& packed = add("packed", 120, 130, 40);
   packed.batch = 5;
   packed.starts_q = {0, 17, 17, 60, 61, 120};

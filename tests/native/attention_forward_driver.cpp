@@ -14,6 +14,7 @@
 #include <memory>
 
 #include "flash_attention.h"
+#include "structured_bias.h"
 
 namespace vitkit::cpu::VITKIT_ISA {
 const FlashForwardKernels& flash_forward_kernels();
@@ -35,6 +36,8 @@ struct Case {
   double magnitude = 1;
   Bias bias = Bias::none;
   ElementType bias_type = ElementType::f32;
+  Structure structure = Structure::none;
+  int64_t width = 1;       // of a decomposed bias
   bool broadcast = false;  // k and v are the same for every head (stride 0)
   int64_t nan_row = -1;    // of q, in every head
   std::vector<int64_t> starts_q, starts_k;
@@ -54,7 +57,8 @@ class Run {
         q_(c.type, rows(c.nq) * c.heads * c.head_dim, [&] { return c.magnitude * normal(); }),
         k_(c.type, rows(c.nk) * kv_heads_ * c.head_dim, [&] { return c.magnitude * normal(); }),
         v_(c.type, rows(c.nk) * kv_heads_ * c.head_dim, normal),
-        bias_(bias_type(), bias_elements(), [&] { return bias_value(); }) {
+        bias_(bias_type(), bias_elements(), [&] { return bias_value(); }),
+        structured_(c.structure, c.bias_type, c.batch, c.heads, c.nq, c.nk, c.width) {
     if (c.nan_row >= 0)
       for (int64_t b = 0; b < dense_batch(); ++b)
         for (int64_t h = 0; h < c.heads; ++h)
@@ -68,7 +72,8 @@ class Run {
     const std::vector<float> lse = run(false);
     const Array out = *out_;
     const std::vector<float> lse_again = run(true);
-    bool ok = q_.intact() && k_.intact() && v_.intact() && out.intact() && out_->intact();
+    bool ok = q_.intact() && k_.intact() && v_.intact() && out.intact() && out_->intact() &&
+              structured_.intact();
     if (!ok) std::printf("  canary overwritten\n");
     if (!(out == *out_) || std::memcmp(lse.data(), lse_again.data(), lse.size() * 4) != 0) {
       std::printf("  another split of the work gives another result\n");
@@ -174,6 +179,7 @@ class Run {
             packed() ? c_.starts_k.data() : nullptr,
             float(scale()),
             c_.causal};
+    structured_.give_to(&p.in);
     p.out = view(*out_, c_.nq, c_.heads);
     p.out.head_stride = c_.head_dim;
     p.lse = lse;
@@ -235,6 +241,11 @@ class Run {
         rounded = is_mask() ? (x > 0 ? rounded : -kInf)
                             : round_to(c_.type, rounded + round_to(c_.type, x));
       }
+      if (structured_.exists()) {
+        const double x = structured_.at(b, h, i, j);
+        exact += x;
+        rounded = round_to(c_.type, rounded + round_to(c_.type, x));
+      }
       top = std::isnan(exact) ? exact : std::fmax(top, exact);
       plain_top = std::fmax(plain_top, rounded);
     }
@@ -265,8 +276,30 @@ class Run {
   Case c_;
   int64_t kv_heads_;
   Array q_, k_, v_, bias_;
+  StructuredBias structured_;
   std::unique_ptr<Array> out_;
 };
+
+template <typename Add>
+void add_structured(ElementType type, const Add& add) {
+  for (int64_t width : {1, 3, 8, 14, 16, 33, 64, 990}) {
+    const int64_t nk = width == 990 ? 990 : (width == 33 ? 35 : 6) * width;
+    Case& c = add("decomposed_width_" + std::to_string(width), 21, nk, 16);
+    c.structure = Structure::decomposed;
+    c.width = width;
+    c.bias_type = type;
+    c.batch = 2;
+  }
+  Case& mixed = add("decomposed_float32_causal", 150, 150, 8);
+  mixed.structure = Structure::decomposed;
+  mixed.width = 15;
+  mixed.causal = true;
+  for (int64_t nk : {5, 32, 51, 1100}) {
+    Case& c = add("distance_" + std::to_string(nk), 37, nk, 24);
+    c.structure = Structure::distance;
+    c.batch = 2;
+  }
+}
 
 std::vector<Case> cases(ElementType type) {
   std::vector<Case> all;
@@ -323,6 +356,7 @@ std::vector<Case> cases(ElementType type) {
   Case& chunked = add("bias_causal_several_chunks", 50, 1100, 8);
   chunked.bias = Bias::dense;
   chunked.causal = true;
+  add_structured(type, add);
   Case& packed = add("packed", 120, 130, 40);
   packed.batch = 5;
   packed.starts_q = {0, 17, 17, 60, 61, 120};

@@ -68,13 +68,20 @@ def default_photograph() -> Path:
 
 
 def demo_models(image: Path | None, pretrained: bool, quick: bool) -> list[DemoModel]:
-    """timm ViT-B/16, timm SigLIP so400m (head dim 72), a KL-VAE decoder, a text-conditioned
+    """timm ViT-B/16, Swin-T and SigLIP so400m (head dim 72), a KL-VAE decoder, a text-conditioned
     U-Net."""
 
     def vit():
         import timm
 
         model = timm.create_model("vit_base_patch16_224", pretrained=pretrained)
+        batch = 1 if quick else 4
+        return model, (photograph(image, 224).expand(batch, -1, -1, -1).contiguous(),), {}
+
+    def swin():
+        import timm
+
+        model = timm.create_model("swin_tiny_patch4_window7_224", pretrained=pretrained)
         batch = 1 if quick else 4
         return model, (photograph(image, 224).expand(batch, -1, -1, -1).contiguous(),), {}
 
@@ -106,6 +113,7 @@ def demo_models(image: Path | None, pretrained: bool, quick: bool) -> list[DemoM
     logging.getLogger("diffusers").setLevel(logging.ERROR)  # remarks on dtype casts
     return [
         DemoModel("ViT-B/16", vit),
+        DemoModel("Swin-T", swin),
         DemoModel(f"SigLIP so400m{shortened}", siglip),
         DemoModel("KL-VAE decode", vae),
         DemoModel("U-Net, one step", unet),

@@ -6,15 +6,21 @@ kernels can run, torch's own functions where none can.
 """
 
 from vitkit.nn.attention import Attention, AttentionPoolLatent
+from vitkit.nn.dilated import DilatedAttention
 from vitkit.nn.functional import attend, group_norm_silu, why_no_kernel
 from vitkit.nn.norm import GroupNorm, GroupNormSiLU
+from vitkit.nn.window import WindowAttention, WindowAttentionV2, attend_windows
 
 __all__ = [
     "Attention",
     "AttentionPoolLatent",
+    "DilatedAttention",
     "GroupNorm",
     "GroupNormSiLU",
+    "WindowAttention",
+    "WindowAttentionV2",
     "attend",
+    "attend_windows",
     "group_norm_silu",
     "why_no_kernel",
 ]

@@ -5,14 +5,17 @@
 
 Dense batches [B, N, H, D] or packed sequences [T, H, D] with cu_seqlens. Scores, softmax statistics
 and accumulators are float32 (float64 in the reference for float64 inputs). A row that may attend
-nothing gives out 0, lse -inf and zero gradients. Deterministic: no atomics. The gradient of a bias
-is reduced to the bias's own shape inside the kernels.
+nothing gives out 0, lse -inf and zero gradients. Deterministic: no atomics. A bias is a tensor or a
+structured one (vitkit/score_bias.py), which has operators of its own; its gradient is reduced to
+the bias's own shape inside the kernels.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,9 +29,9 @@ from vitkit._checks import (
     check_same_device,
     check_same_dtype,
     check_shape,
-    check_tensor,
     name_of,
 )
+from vitkit.score_bias import SCORE_BIASES, DecomposedBias, DistanceBias, ScoreBias
 
 NAME = "flash_attention"
 MAX_HEAD_DIM = 256
@@ -39,7 +42,7 @@ def reference(
     q: torch.Tensor,  # [B, Nq, H, D] or [Tq, H, D]
     k: torch.Tensor,
     v: torch.Tensor,
-    bias: torch.Tensor | None,  # broadcastable to [B, H, Nq, Nk]
+    bias: torch.Tensor | ScoreBias | None,  # broadcastable to [B, H, Nq, Nk]
     cu_seqlens_q: torch.Tensor | None,  # [S + 1]
     cu_seqlens_k: torch.Tensor | None,
     causal: bool,
@@ -54,7 +57,9 @@ def reference(
         return out[0], lse[0]
     compute = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("bqhd,bkhd->bhqk", q.to(compute), k.to(compute)) * scale
-    if bias is not None:
+    if isinstance(bias, SCORE_BIASES):
+        scores = scores + bias.dense(compute)
+    elif bias is not None:
         scores = (
             scores.masked_fill(~bias, -math.inf)
             if bias.dtype == torch.bool
@@ -100,34 +105,40 @@ def _packed_mask(tokens_q, tokens_k, cu_seqlens_q, cu_seqlens_k, causal):
 
 # ---- operators ----
 
-_INPUTS = (
-    "Tensor q, Tensor k, Tensor v, {saved}Tensor? bias, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
-)
-_FWD_SCHEMA = f"({_INPUTS.format(saved='')}, bool causal, float scale) -> (Tensor, Tensor)"
-_BWD_SCHEMA = (
-    f"(Tensor grad, Tensor? grad_lse, {_INPUTS.format(saved='Tensor out, Tensor lse, ')},"
-    " bool causal, float scale, bool need_dbias) -> (Tensor, Tensor, Tensor, Tensor)"
-)
+
+class _Term(NamedTuple):
+    """A kind of score term. Its operators are ``flash_attention{suffix}_fwd`` and ``_bwd``; the
+    plain one also holds the packed sequences, which no other kind has."""
+
+    bias: type | None
+    tensors: tuple[str, ...]  # arguments of the operators, after q, k, v
+    gradients: int  # the first so many of them have one
 
 
-def _fwd_fake(q, k, v, bias, cu_seqlens_q, cu_seqlens_k, causal, scale):
+_TERMS = {
+    "": _Term(None, ("Tensor? bias", "Tensor? cu_seqlens_q", "Tensor? cu_seqlens_k"), 1),
+    "_decomposed": _Term(DecomposedBias, ("Tensor rel_h", "Tensor rel_w"), 2),
+    "_distance": _Term(DistanceBias, ("Tensor slopes", "Tensor coords_q", "Tensor coords_k"), 1),
+}
+
+
+def _fwd_fake(q, k, v, *rest):
     *batch, tokens, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((*batch, heads, tokens), dtype=torch.float32)
 
 
-def _bwd_fake(
-    grad, grad_lse, q, k, v, out, lse, bias, cu_seqlens_q, cu_seqlens_k, causal, scale, need_dbias
-):
-    dbias = bias.new_empty(bias.shape) if need_dbias else q.new_empty(0)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+def _bwd_fake(gradients, grad, grad_lse, q, k, v, out, lse, *rest):
+    need_dterm = rest[-1]
+    dterm = (t.new_empty(t.shape) if need_dterm else q.new_empty(0) for t in rest[:gradients])
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *dterm
 
 
-def _fwd_triton(*args: Any):
-    return importlib.import_module("vitkit.kernels.flash_attention").forward(*args)
+def _triton(function: str) -> Callable[..., Any]:
+    def launcher(*args: Any) -> Any:
+        kernels = importlib.import_module("vitkit.kernels.flash_attention")
+        return getattr(kernels, function)(*args)
 
-
-def _bwd_triton(*args: Any):
-    return importlib.import_module("vitkit.kernels.flash_attention").backward(*args)
+    return launcher
 
 
 def _fwd_flops(q_shape, k_shape, v_shape, *args, **kwargs) -> int:
@@ -141,61 +152,81 @@ def _bwd_flops(grad_shape, grad_lse_shape, q_shape, k_shape, *args, **kwargs) ->
     return 5 * _fwd_flops(q_shape, k_shape, k_shape) // 2
 
 
-_library.define(
-    "flash_attention_fwd", _FWD_SCHEMA, fake=_fwd_fake, triton=_fwd_triton, flops=_fwd_flops
-)
-_library.define(
-    "flash_attention_bwd", _BWD_SCHEMA, fake=_bwd_fake, triton=_bwd_triton, flops=_bwd_flops
-)
+def _define(suffix: str, term: _Term) -> None:
+    tensors = ", ".join(term.tensors)
+    _library.define(
+        f"flash_attention{suffix}_fwd",
+        f"(Tensor q, Tensor k, Tensor v, {tensors}, bool causal, float scale) -> (Tensor, Tensor)",
+        fake=_fwd_fake,
+        triton=_triton(f"forward{suffix}"),
+        flops=_fwd_flops,
+    )
+    _library.define(
+        f"flash_attention{suffix}_bwd",
+        "(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+        f" {tensors}, bool causal, float scale, bool need_dterm)"
+        f" -> ({', '.join(['Tensor'] * (3 + term.gradients))})",
+        fake=functools.partial(_bwd_fake, term.gradients),
+        triton=_triton(f"backward{suffix}"),
+        flops=_bwd_flops,
+    )
+
+
+for _suffix, _term in _TERMS.items():
+    _define(_suffix, _term)
 _FWD = torch.ops.vitkit.flash_attention_fwd.default
+
+
+def _operator(suffix: str, direction: str, overload: str) -> Any:
+    return getattr(getattr(torch.ops.vitkit, f"{NAME}{suffix}_{direction}"), overload)
+
+
+def _reference_of(suffix: str, causal: bool, scale: float) -> Callable[..., Any]:
+    """The reference as a function of the tensors of an operator."""
+    structured = _TERMS[suffix].bias
+
+    def call(q, k, v, *tensors):
+        bias, cu_q, cu_k = (structured(*tensors), None, None) if structured else tensors
+        return reference(q, k, v, bias, cu_q, cu_k, causal, scale)
+
+    return call
 
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(q, k, v, bias, cu_seqlens_q, cu_seqlens_k, causal, scale, overload):
-        op = getattr(torch.ops.vitkit.flash_attention_fwd, overload)
-        return op(q, k, v, bias, cu_seqlens_q, cu_seqlens_k, causal, scale)
+    def forward(suffix, overload, causal, scale, q, k, v, *tensors):
+        return _operator(suffix, "fwd", overload)(q, k, v, *tensors, causal, scale)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, bias, cu_seqlens_q, cu_seqlens_k, ctx.causal, ctx.scale, ctx.overload = inputs
+        ctx.suffix, ctx.overload, ctx.causal, ctx.scale, *tensors = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, bias, cu_seqlens_q, cu_seqlens_k, *output)
+        ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
     def backward(ctx, grad, grad_lse):
-        q, k, v, bias, cu_seqlens_q, cu_seqlens_k, out, lse = ctx.saved_tensors
-        need_dbias = ctx.needs_input_grad[3]
+        *inputs, out, lse = ctx.saved_tensors
+        needed = ctx.needs_input_grad[4:]
         if torch.is_grad_enabled():
-            dq, dk, dv, dbias = _library.differentiable_backward(
-                lambda q, k, v, bias: reference(
-                    q, k, v, bias, cu_seqlens_q, cu_seqlens_k, ctx.causal, ctx.scale
-                ),
-                (q, k, v, bias),
-                (grad, grad_lse),
-                ctx.needs_input_grad[:4],
+            grads = _library.differentiable_backward(
+                _reference_of(ctx.suffix, ctx.causal, ctx.scale), inputs, (grad, grad_lse), needed
             )
         elif grad is None and grad_lse is None:
-            return (None,) * 9
+            return (None,) * (4 + len(inputs))
         else:
-            op = getattr(torch.ops.vitkit.flash_attention_bwd, ctx.overload)
+            op = _operator(ctx.suffix, "bwd", ctx.overload)
             grad = torch.zeros_like(out) if grad is None else grad
-            dq, dk, dv, dbias = op(
-                grad,
-                grad_lse,
-                q,
-                k,
-                v,
-                out,
-                lse,
-                bias,
-                cu_seqlens_q,
-                cu_seqlens_k,
-                ctx.causal,
-                ctx.scale,
-                need_dbias,
-            )
-        return dq, dk, dv, dbias if need_dbias else None, None, None, None, None, None
+            q, k, v, *term = inputs
+            options = (ctx.causal, ctx.scale, any(needed[3:]))
+            found = op(grad, grad_lse, q, k, v, out, lse, *term, *options)
+            grads = [*found, *(None,) * (len(inputs) - len(found))]
+        return (
+            None,
+            None,
+            None,
+            None,
+            *(g if n else None for g, n in zip(grads, needed, strict=True)),
+        )
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -262,16 +293,28 @@ def _check(
             tuple(cu_seqlens_q.shape),
             "that of cu_seqlens_q [S + 1]",
         )
-    tensors = [t for t in (q, k, v, bias) if t is not None]
-    return q.device.type, lambda backend: why_not(backend, tensors, q.shape[-1])
+    suffix = _suffix_of(bias)
+    tensors = [q, k, v, bias] if isinstance(bias, torch.Tensor) else [q, k, v]
+    return q.device.type, lambda backend: why_not(backend, tensors, q.shape[-1], suffix)
+
+
+def _suffix_of(bias: Any) -> str:
+    return next((s for s, t in _TERMS.items() if t.bias is not None and type(bias) is t.bias), "")
 
 
 def _check_bias(bias, q, k, packed):
-    check_tensor(NAME, "bias", bias)
-    if packed:
-        raise ValueError(
-            f"{NAME}: bias must be None for packed sequences, got shape {tuple(bias.shape)}"
+    structured = isinstance(bias, SCORE_BIASES)
+    if not structured and not isinstance(bias, torch.Tensor):
+        raise TypeError(
+            f"{NAME}: bias must be a tensor, a DecomposedBias or a DistanceBias,"
+            f" got {type(bias).__name__}"
         )
+    if packed:
+        given = type(bias).__name__ if structured else f"shape {tuple(bias.shape)}"
+        raise ValueError(f"{NAME}: bias must be None for packed sequences, got {given}")
+    if structured:
+        bias.check(NAME, q, k.shape[1])
+        return
     if bias.dtype != torch.bool:
         check_floating(NAME, "bias", bias)
     check_same_device(NAME, "bias", bias, q, "q")
@@ -283,7 +326,9 @@ def _check_bias(bias, q, k, packed):
         )
 
 
-def why_not(backend: str, tensors: list[torch.Tensor], head_dim: int) -> str | None:
+def why_not(
+    backend: str, tensors: list[torch.Tensor], head_dim: int, suffix: str = ""
+) -> str | None:
     """The reason ``backend`` cannot run this (valid) call, None if it can."""
     if backend == "reference":
         return None
@@ -295,7 +340,7 @@ def why_not(backend: str, tensors: list[torch.Tensor], head_dim: int) -> str | N
             f"its kernels need a head dim that is a multiple of 8 up to {MAX_HEAD_DIM},"
             f" got {head_dim}"
         )
-    return backends.why_not_device(NAME, backend, tensors[0].device.type)
+    return backends.why_not_device(NAME + suffix, backend, tensors[0].device.type)
 
 
 def flash_attention(
@@ -303,7 +348,7 @@ def flash_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    bias: torch.Tensor | None = None,
+    bias: torch.Tensor | ScoreBias | None = None,
     causal: bool = False,
     scale: float | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
@@ -325,7 +370,8 @@ def flash_attention(
         k, v: [B, Nk, H, D] or packed [Tk, H, D], dtype and device of q.
         bias: broadcastable to [B, H, Nq, Nk]. Floating: added to the scaled scores, its gradient
             has its own shape.
-            bool: True = attend. Not for packed sequences.
+            bool: True = attend. A :class:`DecomposedBias` or :class:`DistanceBias` is computed
+            from its compact form, and so is its gradient. Not for packed sequences.
         causal: query i attends keys j <= i (aligned to the first token, as torch's ``is_causal``),
             per sequence.
         scale: factor of the scores, D ** -0.5 if None.
@@ -348,7 +394,12 @@ def flash_attention(
         >>> vitkit.flash_attention(*qkv.unbind(2)).shape
         torch.Size([2, 197, 12, 64])
     """
-    if backend == "auto" == backends.DEFAULT and scale is None and cu_seqlens_q is None:
+    if (
+        (bias is None or isinstance(bias, torch.Tensor))
+        and backend == "auto" == backends.DEFAULT
+        and scale is None
+        and cu_seqlens_q is None
+    ):
         try:
             if _library.is_plain_cpu_call(q) and not (
                 torch.is_grad_enabled()
@@ -372,7 +423,7 @@ def flash_attention(
             check_cu_seqlens_values(NAME, "cu_seqlens_q", cu_seqlens_q, q.shape[0])
             check_cu_seqlens_values(NAME, "cu_seqlens_k", cu_seqlens_k, k.shape[0])
         _library.register_flops()
-    if bias is not None:
+    if isinstance(bias, torch.Tensor):
         bias = _four_dimensions(bias)
     if plan.fwd is None:
         with torch.autocast(q.device.type, enabled=False):
@@ -380,18 +431,22 @@ def flash_attention(
     else:
         if plan.copy:
             q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+        term: tuple[Any, ...] = (bias, cu_seqlens_q, cu_seqlens_k)
+        if isinstance(bias, SCORE_BIASES):
+            term = bias.operands()
         if torch.is_grad_enabled() and (
             q.requires_grad
             or k.requires_grad
             or v.requires_grad
-            or (bias is not None and bias.requires_grad)
+            or any(t is not None and t.requires_grad for t in term)
         ):
-            tensors: tuple[Any, ...] = (q, k, v, bias, cu_seqlens_q, cu_seqlens_k)
+            tensors: tuple[Any, ...] = (q, k, v, *term)
             if torch.compiler.is_compiling():
                 tensors = _library.distinct(*tensors)
-            out, lse = _FlashAttention.apply(*tensors, causal, plan.scale, plan.overload)
+            options = (plan.suffix, plan.overload, causal, plan.scale)
+            out, lse = _FlashAttention.apply(*options, *tensors)
         else:
-            out, lse = plan.fwd(q, k, v, bias, cu_seqlens_q, cu_seqlens_k, causal, plan.scale)
+            out, lse = plan.fwd(q, k, v, *term, causal, plan.scale)
     return (out, lse) if return_lse else out
 
 
@@ -403,6 +458,7 @@ class _Plan(NamedTuple):
     """All that shapes, strides, dtypes and devices decide about a call."""
 
     fwd: Any  # the operator, None for the reference
+    suffix: str  # of its kind of score term
     overload: str
     scale: float
     copy: bool  # a last dimension is not dense
@@ -410,7 +466,9 @@ class _Plan(NamedTuple):
 
 def _plan(q, k, v, bias, causal, scale, cu_seqlens_q, cu_seqlens_k, backend) -> _Plan:
     """Validates the call and chooses its backend, once for calls of the same layout."""
-    key = _library.layout_key(scale, backend, q, k, v, bias, cu_seqlens_q, cu_seqlens_k)
+    suffix = _suffix_of(bias)
+    parts = bias.tensors() if isinstance(bias, SCORE_BIASES) else (bias,)
+    key = _library.layout_key(suffix, scale, backend, q, k, v, *parts, cu_seqlens_q, cu_seqlens_k)
     plan = _memo.get(key)
     if plan is not None:
         return plan
@@ -427,7 +485,8 @@ def _plan(q, k, v, bias, causal, scale, cu_seqlens_q, cu_seqlens_k, backend) -> 
     chosen = backends.select(NAME, backend, device_type, reasons)
     overload = "triton" if chosen == "triton" else "default"
     plan = _Plan(
-        None if chosen == "reference" else getattr(torch.ops.vitkit.flash_attention_fwd, overload),
+        None if chosen == "reference" else _operator(suffix, "fwd", overload),
+        suffix,
         overload,
         q.shape[-1] ** -0.5 if scale is None else float(scale),
         any(t.stride(-1) != 1 for t in (q, k, v)),

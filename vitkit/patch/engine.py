@@ -19,7 +19,12 @@ from vitkit.patch.report import Replaced, Report, Skipped
 from vitkit.patch.rules import Change, Replacement, Rule
 
 # Host library -> module with its rules; torch's last: they serve whatever no host rule speaks for.
-HOSTS = {"timm": "timm", "diffusers": "diffusers", "torch": "pytorch"}
+HOSTS = {
+    "timm": "timm",
+    "diffusers": "diffusers",
+    "torchvision": "torchvision",
+    "torch": "pytorch",
+}
 
 # Where an instance keeps what it was: attribute -> value before the patch.
 _UNDO = "_vitkit_undo"
@@ -106,7 +111,8 @@ def patch(
     before ``torch.compile``, DDP and FSDP wrap it.
 
     Args:
-        model: a model of timm or diffusers, or any module holding some of theirs or of torch's.
+        model: a model of timm, diffusers or torchvision, or any module holding some of theirs or
+            of torch's.
         backend: what the replaced modules run on; see ``vitkit.flash_attention``.
         strict: raise if anything that could have been replaced is left, or if there is nothing to
             replace.

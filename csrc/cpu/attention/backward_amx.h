@@ -208,8 +208,8 @@ class AmxGradient {
   static constexpr int64_t kRowTiles = kBlockRows / kTile;
   static constexpr int64_t kStripSums = 2 * kTileSums;
 
-  template <typename Gradient>
-  void write(f32v x, int64_t s, Gradient* row) const {
+  template <typename To>
+  void write(f32v x, int64_t s, To row) const {
     store_partial(row + s * kTile, x, int(smaller(kTile, head_dim_ - s * kTile)));
   }
 
@@ -257,23 +257,27 @@ class AmxGradient {
   // one strip only, so they are computed twice.
   template <typename Map, typename Term>
   void sum_delta(const Map& map, const Term& term, GradBlock& b, int64_t keys, float scale) const {
-    float sums[kBlockRows] = {};
+    float totals[kBlockRows] = {}, sums[kBlockRows] = {};
     for (int64_t t = 0; t < divide_up(keys, kTileK); ++t) {
       const int64_t columns = smaller(2, divide_up(keys, kTile) - 2 * t);
       products(map, b, t, columns);
       for (int64_t i = 0; i < b.rows; ++i) {
         const int64_t n = visible(map, b, i) - t * kTileK;
-        f32v sum = {};
-        term.row(b.q0 + i, b.k0 + t * kTileK, [&](const auto& add) {
+        if (n <= 0) continue;
+        f32v total = {}, sum = {};
+        term.row(b.q0 + i, b.k0 + t * kTileK, smaller(n, kTileK), [&](const auto& add) {
           for (int64_t h = 0; h < columns && h * kTile < n; ++h) {
             const f32v p = probability(i, h, n - h * kTile, scale * kLog2e, add);
+            total += p;
             sum += keep_lanes(p * load(dp_ + score_at(i, h)), n - h * kTile, 0.f);
           }
         });
+        totals[i] += reduce_add(total);
         sums[i] += reduce_add(sum);
       }
     }
-    for (int64_t i = 0; i < b.rows; ++i) constants_[i].delta = sums[i] - map.grad_lse(b.q0 + i);
+    for (int64_t i = 0; i < b.rows; ++i)
+      if (totals[i] != 0.f) constants_[i].delta = sums[i] / totals[i] - map.grad_lse(b.q0 + i);
   }
 
   // Scores of up to two tiles of rows with the strip of keys t.
@@ -303,7 +307,7 @@ class AmxGradient {
         if constexpr (Term::kNone)
           row([](f32v x, int64_t, int) { return x; });
         else
-          term.row(b.q0 + i, b.k0 + t * kTileK, row);
+          term.row(b.q0 + i, b.k0 + t * kTileK, smaller(n, kTileK), row);
         if constexpr (!Sink::kNone)
           give(sink, b.q0 + i, b.k0 + t * kTileK, smaller(n, kTileK), ds[i - r]);
       }

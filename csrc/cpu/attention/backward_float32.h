@@ -149,7 +149,8 @@ class Float32Gradient {
       if constexpr (Term::kNone)
         differentiate(row, scale * kLog2e, [](f32v x, int64_t, int) { return x; });
       else
-        term.row(b.q0 + r, b.k0, [&](const auto& add) { differentiate(row, scale * kLog2e, add); });
+        term.row(b.q0 + r, b.k0, n,
+                 [&](const auto& add) { differentiate(row, scale * kLog2e, add); });
       if constexpr (!Sink::kNone) sink.add(b.q0 + r, b.k0, n, row.ds);
     }
   }
@@ -160,20 +161,26 @@ class Float32Gradient {
     RowConstants constants;
   };
 
-  // delta as the sum of P dP over a row, all of whose keys are in this block.
+  // delta as the sum of P dP over a row, all of whose keys are in this block. The sum of P makes up
+  // for the rounding of lse, which grows with the scores.
   template <typename Map, typename Term>
   void sum_delta(const Map& map, const Term& term, const GradBlock& b, float scale) const {
     for (int64_t r = 0; r < b.rows; ++r) {
       const Row row{p_ + r * score_stride_, ds_ + r * score_stride_, visible(map, b, r), 0,
                     constants_[r]};
-      f32v sum = {};
-      term.row(b.q0 + r, b.k0, [&](const auto& add) {
-        const Probability<std::decay_t<decltype(add)>> p(row, scale * kLog2e, add);
+      f32v total = {}, sum = {};
+      term.row(b.q0 + r, b.k0, row.n, [&](const auto& add) {
+        const Probability<std::decay_t<decltype(add)>> probability(row, scale * kLog2e, add);
         each_vector(row.n, [&](int64_t j, auto lanes) {
-          sum += keep_lanes(p(j, lanes) * load(row.ds + j), lanes, 0.f);
+          const f32v p = probability(j, lanes);
+          total += p;
+          sum += keep_lanes(p * load(row.ds + j), lanes, 0.f);
         });
       });
-      constants_[r].delta = reduce_add(sum) - map.grad_lse(b.q0 + r);
+      const float all = reduce_add(total);
+      if (all == 0.f) continue;
+      constants_[r].shift_rest += (all - 1.f) * kLog2e;  // log2(all): it is near 1
+      constants_[r].delta = reduce_add(sum) / all - map.grad_lse(b.q0 + r);
     }
   }
 

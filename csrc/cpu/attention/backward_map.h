@@ -4,21 +4,20 @@
 //   grad_row(i, buffer)              row i of grad_out; `buffer` holds it where it is not dense
 //   grad_lse(i)                      gradient of lse(i)
 //   prefetch_query(i)                fetches row i of q, out and grad_out into the cache
-//   dq_row(i), dk_row(j), dv_row(j)  where gradients go
+//   dq_row(i), dk_row(j), dv_row(j)  where gradients go: pointers, or what else store_partial takes
 #pragma once
 
 #include "attention/token_map.h"
 
 namespace vitkit::cpu::VITKIT_ISA {
 
+// What is read.
 template <typename T>
-struct StridedGradMap : StridedMap<T> {
+struct StridedGradSource : StridedMap<T> {
   const T* grad;
   int64_t grad_stride, grad_dim_stride, head_dim;
   const float* grad_lse_row;  // null: zero
   int64_t grad_lse_stride;
-  T *dq, *dk, *dv;
-  int64_t dq_stride, dk_stride, dv_stride;
 
   const T* grad_row(int64_t i, T* buffer) const {
     const T* row = grad + i * grad_stride;
@@ -35,6 +34,13 @@ struct StridedGradMap : StridedMap<T> {
       if (grad_dim_stride == 1) __builtin_prefetch(grad + i * grad_stride + d);
     }
   }
+};
+
+template <typename T>
+struct StridedGradMap : StridedGradSource<T> {
+  T *dq, *dk, *dv;
+  int64_t dq_stride, dk_stride, dv_stride;
+
   T* dq_row(int64_t i) const { return dq + i * dq_stride; }
   T* dk_row(int64_t j) const { return dk + j * dk_stride; }
   T* dv_row(int64_t j) const { return dv + j * dv_stride; }

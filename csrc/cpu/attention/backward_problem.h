@@ -23,8 +23,7 @@ struct GradExtent {
 
 template <typename T>
 VITKIT_INLINE T* row_pointer(const RowsView& view, const BackwardProblem& at, int64_t token) {
-  return reinterpret_cast<T*>(view.data) + at.batch * view.batch_stride +
-         at.head * view.head_stride + token * view.token_stride;
+  return row_pointer<T>(view, at.batch, at.head, token);
 }
 
 template <typename T>

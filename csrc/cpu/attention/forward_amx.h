@@ -273,7 +273,7 @@ class AmxCompute {
       if constexpr (Term::kNone) {
         v[r] = column_max(s + r * kTile, n);
       } else {
-        term.row(i, c.first_key,
+        term.row(i, c.first_key, n,
                  [&](const auto& add) { v[r] = add_term(s + r * kTile, n, scale, add); });
       }
     }

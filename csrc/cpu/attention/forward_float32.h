@@ -133,7 +133,7 @@ class Float32Compute {
       return row_max(s, keys);
     } else {
       f32v top;
-      term.row(i, c.first_key, [&](const auto& add) {
+      term.row(i, c.first_key, keys, [&](const auto& add) {
         top = row_map_max(
             s, keys, [&](f32v x, int64_t j, int lanes) { return add(x * splat(scale), j, lanes); });
       });

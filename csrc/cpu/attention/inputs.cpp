@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "check.h"
+#include "small_tensor.h"
 
 namespace vitkit::cpu {
 namespace {
@@ -64,6 +65,26 @@ BiasView bias_view(const char* op, const Tensor& bias, const AttentionInputs& in
           strides[3]};
 }
 
+constexpr int64_t kPadding = 16;  // floats that a vector may read beyond the last one
+
+// The x coordinates of every batch element, then its y coordinates: planes of `tokens` floats.
+std::vector<float> planes(const char* op, const char* arg, const Tensor& t, int64_t batch,
+                          int64_t tokens) {
+  check_rank(op, arg, t, 3);
+  if (t.size(0) != 1) check_size(op, arg, t, 0, batch);
+  check_size(op, arg, t, 1, tokens);
+  check_size(op, arg, t, 2, 2);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, op, ": ", arg, " must be float32");
+  const auto* from = static_cast<const float*>(t.const_data_ptr());
+  std::vector<float> to(size_t(t.size(0) * 2 * tokens + kPadding));
+  float* next = to.data();
+  for (int64_t b = 0; b < t.size(0); ++b)
+    for (int64_t axis = 0; axis < 2; ++axis)
+      for (int64_t i = 0; i < tokens; ++i)
+        *next++ = from[b * t.stride(0) + i * t.stride(1) + axis * t.stride(2)];
+  return to;
+}
+
 }  // namespace
 
 ElementType element_type(const Tensor& t) {
@@ -85,6 +106,17 @@ RowsView rows_view(const Tensor& t) {
   const int64_t r = t.dim();
   return {static_cast<char*>(t.data_ptr()), r == 4 ? t.stride(0) : 0, t.stride(r - 3),
           t.stride(r - 2)};
+}
+
+LseView lse_view(const char* op, const char* arg, const Tensor& t, const AttentionInputs& in) {
+  const int64_t h = in.starts_q ? 0 : 1;
+  check_rank(op, arg, t, h + 2);
+  if (h) check_size(op, arg, t, 0, in.batch);
+  check_size(op, arg, t, h, in.heads);
+  check_size(op, arg, t, h + 1, in.nq);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, op, ": ", arg, " must be float32");
+  return {static_cast<const float*>(t.const_data_ptr()), h ? t.stride(0) : 0, t.stride(h),
+          t.stride(h + 1)};
 }
 
 AttentionArguments::AttentionArguments(const char* op, const Tensor& q, const Tensor& k,
@@ -124,6 +156,48 @@ AttentionArguments::AttentionArguments(const char* op, const Tensor& q, const Te
     in.batch = q.size(0);
     if (bias) in.bias = bias_view(op, *bias, in);
   }
+}
+
+void AttentionArguments::add_decomposed_bias(const char* op, const Tensor& rel_h,
+                                             const Tensor& rel_w) {
+  const std::pair<const char*, const Tensor*> arguments[] = {{"rel_h", &rel_h}, {"rel_w", &rel_w}};
+  for (const auto& [arg, t] : arguments) {
+    check_floating(op, arg, *t);
+    check_rank(op, arg, *t, 4);
+    check_last_dim_dense(op, arg, *t);
+    check_size(op, arg, *t, 0, in.batch);
+    check_size(op, arg, *t, 1, in.heads);
+    check_size(op, arg, *t, 2, in.nq);
+  }
+  STD_TORCH_CHECK(rel_h.scalar_type() == rel_w.scalar_type(), op,
+                  ": rel_w must have the dtype of rel_h");
+  STD_TORCH_CHECK(rel_h.size(3) * rel_w.size(3) == in.nk, op, ": rel_h and rel_w must have ", in.nk,
+                  " keys, got ", rel_h.size(3), " * ", rel_w.size(3));
+  in.decomposed = {static_cast<const char*>(rel_h.const_data_ptr()),
+                   static_cast<const char*>(rel_w.const_data_ptr()),
+                   element_type(rel_h),
+                   rel_h.stride(0),
+                   rel_h.stride(1),
+                   rel_h.stride(2),
+                   rel_w.stride(0),
+                   rel_w.stride(1),
+                   rel_w.stride(2),
+                   rel_h.size(3),
+                   rel_w.size(3)};
+}
+
+void AttentionArguments::add_distance_bias(const char* op, const Tensor& slopes,
+                                           const Tensor& coords_q, const Tensor& coords_k) {
+  slopes_ = small_floats(op, "slopes", slopes, {in.heads});
+  coords_q_ = planes(op, "coords_q", coords_q, in.batch, in.nq);
+  coords_k_ = planes(op, "coords_k", coords_k, in.batch, in.nk);
+  in.distance = {slopes_.data(),
+                 coords_q_.data(),
+                 coords_k_.data(),
+                 coords_q.size(0) == 1 ? 0 : 2 * in.nq,
+                 in.nq,
+                 coords_k.size(0) == 1 ? 0 : 2 * in.nk,
+                 in.nk};
 }
 
 }  // namespace vitkit::cpu

@@ -20,6 +20,10 @@ class AttentionArguments {
   AttentionArguments(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
                      const std::optional<Tensor>& bias, const std::optional<Tensor>& cu_seqlens_q,
                      const std::optional<Tensor>& cu_seqlens_k, bool causal, double scale);
+  // Dense, without a bias so far.
+  AttentionArguments(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, bool causal,
+                     double scale)
+      : AttentionArguments(op, q, k, v, {}, {}, {}, causal, scale) {}
   AttentionArguments(const AttentionArguments&) = delete;
 
   bool packed() const { return in.starts_q != nullptr; }
@@ -31,10 +35,17 @@ class AttentionArguments {
   bool covers_queries() const { return !packed() || queries_covered_ == in.nq; }
   bool covers_keys() const { return !packed() || keys_covered_ == in.nk; }
 
+  // rel_h [B, H, Nq, Kh], rel_w [B, H, Nq, Kw] of one type, rows dense, Kh * Kw = Nk.
+  void add_decomposed_bias(const char* op, const Tensor& rel_h, const Tensor& rel_w);
+  // slopes [H], coords_q [B|1, Nq, 2], coords_k [B|1, Nk, 2], float32.
+  void add_distance_bias(const char* op, const Tensor& slopes, const Tensor& coords_q,
+                         const Tensor& coords_k);
+
   AttentionInputs in;  // packed: nq and nk are the totals Tq and Tk
 
  private:
   std::vector<int64_t> starts_q_, starts_k_;
+  std::vector<float> slopes_, coords_q_, coords_k_;
   int64_t queries_covered_ = 0, keys_covered_ = 0;
 };
 
@@ -43,5 +54,9 @@ ElementType element_type(const torch::stable::Tensor& t);
 // Rows of a [B, N, H, D] or packed [T, H, D] tensor. `data` is not const because outputs are rows
 // too.
 RowsView rows_view(const torch::stable::Tensor& t);
+
+// lse, or its gradient: float32 [B, H, N], packed [H, T].
+LseView lse_view(const char* op, const char* arg, const torch::stable::Tensor& t,
+                 const AttentionInputs& in);
 
 }  // namespace vitkit::cpu

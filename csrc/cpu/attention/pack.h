@@ -109,9 +109,10 @@ VITKIT_INLINE void pack_rows(const Row& row, int64_t first, int64_t rows, int64_
   }
 }
 
-// to[d] = factor * from[d], rounded to T.
-template <typename T>
-VITKIT_INLINE void write_row(const float* from, int64_t columns, float factor, T* to) {
+// to[d] = factor * from[d], rounded to the elements of `to`: a pointer, or what else store_partial
+// takes.
+template <typename To>
+VITKIT_INLINE void write_row(const float* from, int64_t columns, float factor, To to) {
   each_vector(columns, [&](int64_t d, auto n) {
     store_partial(to + d, load_partial(from + d, n) * factor, n);
   });

@@ -14,12 +14,36 @@ struct RowsView {
   int64_t batch_stride, token_stride, head_stride;
 };
 
+// One float32 per query of each head.
+struct LseView {
+  const float* data;
+  int64_t batch_stride, head_stride, query_stride;
+};
+
 // Added to the scaled scores (floating types) or true where a key may be attended (boolean). A
 // stride is 0 where the tensor broadcasts. data is null without bias.
 struct BiasView {
   const char* data;
   ElementType type;
   int64_t batch_stride, head_stride, query_stride, key_stride;
+};
+
+// Added to the score of query i and key ih * width + iw: rel_h[b, h, i, ih] + rel_w[b, h, i, iw].
+// rel_h is null without it. The last dimensions are dense.
+struct DecomposedView {
+  const char *rel_h, *rel_w;
+  ElementType type;
+  int64_t h_batch_stride, h_head_stride, h_query_stride;
+  int64_t w_batch_stride, w_head_stride, w_query_stride;
+  int64_t height, width;
+};
+
+// Added to a score: -slopes[h] times the distance of its query and key. Of each batch element the x
+// coordinates of all tokens, then from `plane` on the y coordinates, readable a little beyond their
+// end. slopes is null without it.
+struct DistanceView {
+  const float *slopes, *q, *k;
+  int64_t q_batch_stride, q_plane, k_batch_stride, k_plane;
 };
 
 // `batch` problems of `heads` heads. Dense: problem b is batch element b with nq queries and nk
@@ -34,6 +58,8 @@ struct AttentionInputs {
   const int64_t* starts_k;
   float scale;
   bool causal;  // query i attends keys j <= i
+  DecomposedView decomposed{};
+  DistanceView distance{};
 };
 
 }  // namespace vitkit::cpu

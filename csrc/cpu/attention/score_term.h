@@ -1,8 +1,8 @@
 // Score terms: what is added to a scaled score before the softmax. A term has
 //   kNone              true: there is nothing to add, and row is never called
-//   row(i, j0, body)   calls body(add) once, where add(x, j, lanes) returns x + term(i, j0 + j ...)
-//   * log2(e) for `lanes`
-//                      (at most kLanes) consecutive keys; x holds scaled scores in base-2 units
+//   row(i, j0, n, body)  calls body(add) once, where add(x, j, lanes) returns
+//                      x + term(i, j0 + j ...) * log2(e) for `lanes` (at most kLanes) consecutive
+//                      keys, j + lanes <= n; x holds scaled scores in base-2 units
 // The indirection lets a term choose its inner loop per row, and each core its own layout of
 // scores.
 #pragma once
@@ -24,7 +24,7 @@ struct DenseTerm {
   int64_t query_stride, key_stride;
 
   template <typename Body>
-  void row(int64_t i, int64_t j0, const Body& body) const {
+  void row(int64_t i, int64_t j0, int64_t, const Body& body) const {
     const int64_t first = i * query_stride + j0 * key_stride;
     switch (type) {
       case ElementType::f32:

@@ -150,6 +150,7 @@ struct WindowMap {
   void fetch_ahead() const { ahead->fetch(); }
   T* out_row(int64_t i) const { return out + window->query[i].token * out_stride; }
   float* lse(int64_t i) const { return lse_row + window->query[i].token * heads; }
+  static constexpr int64_t zero_keys(int64_t) { return 0; }
 
  private:
   const T* row(const T* rows, const T* pad, int64_t j) const {

@@ -24,7 +24,7 @@ VITKIT_INLINE float length(const T* row, int64_t n) {
 }
 
 VITKIT_INLINE float cosine_gain(float logit_scale) {
-  return __builtin_expf(logit_scale < kMaxLogitScale ? logit_scale : kMaxLogitScale);
+  return __builtin_expf(logit_scale > kMaxLogitScale ? kMaxLogitScale : logit_scale);
 }
 
 // Of one head of a window: gain / |q_i| of its queries and 1 / |k_j| of its keys, zero behind them.
@@ -52,7 +52,7 @@ struct WindowTerm {
   CosineFactors cosine;
 
   template <typename Body>
-  void row(int64_t i, int64_t j0, const Body& body) const {
+  void row(int64_t i, int64_t j0, int64_t, const Body& body) const {
     const WindowQuery& query = window->query[i];
     const float* b = bias + query.bias + j0;
     const float* m = query.mask ? query.mask + j0 : nullptr;

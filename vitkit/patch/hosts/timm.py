@@ -11,6 +11,7 @@ from timm.layers import apply_rot_embed_cat
 
 from vitkit import nn
 from vitkit.nn.attention import pool_latent, project, self_attention
+from vitkit.patch.hosts.timm_swin import RULES as SWIN_RULES
 from vitkit.patch.rules import Replacement, Rule, swap_class, watched
 
 # What the replacements repeat, in every version whose forward they were compared with.
@@ -127,4 +128,5 @@ RULES = [
         _onto(AttentionPoolLatent),
         ((timm.layers.AttentionPoolLatent.forward, _POOL),),
     ),
+    *SWIN_RULES,
 ]
