@@ -18,7 +18,7 @@ demo: native
 
 test: native lint
 	$(BIN)/vitkit doctor --strict
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -63,6 +63,9 @@ def stages(device: str, gpu_name: str) -> list[Stage]:
 OP_TESTS = [
     "tests/test_flash_attention.py",
     "tests/test_group_norm_silu.py",
+    "tests/test_window_attention.py",
+    "tests/test_dilated_attention.py",
+    "tests/test_score_bias.py",
     "tests/test_library.py",
 ]
 

@@ -399,7 +399,8 @@ def plan_forward(q, k, v, segment_lengths, dilation_ratios, causal, scale, torch
         return out, lse, out.new_empty((batch, 0, heads, head_dim)), []
     options = (segment_lengths, dilation_ratios, causal, scale, torchscale)
     call = _Call(q, k, v, *options, device)
-    parts = torch.empty((batch, call.rows, heads, head_dim), dtype=q.dtype, device=q.device)
+    # Zeros: rows that no head of a phase fills may be part of what the operator returns.
+    parts = torch.zeros((batch, call.rows, heads, head_dim), dtype=q.dtype, device=q.device)
     parts_lse = call.statistics()
     tile = call.tile(FORWARD)
     longest_first = sorted(call.branches, key=lambda branch: -branch.slots)

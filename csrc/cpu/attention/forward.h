@@ -178,20 +178,18 @@ class Forward {
 
   void finish(const Map& map, const Block& b) const {
     for (int64_t r = 0; r < b.rows; r += kLanes) {
-      const int64_t rows = smaller(kLanes, b.rows - r);
-      const f32v found = tiling_.chunks ? load(w_.sum + b.at + r) : f32v{};
-      alignas(64) float sum[kLanes], shift[kLanes], factor[kLanes], lse[kLanes];
-      store(sum, found);
-      store(shift, found == 0.f ? splat(-INFINITY) : load(w_.shift + b.at + r));
-      store(factor, splat(1.f));
-      for (int64_t l = 0; l < rows; ++l)
-        if (const int64_t zeros = map.zero_keys(b.first_row + r + l); zeros > 0)
-          add_zeros(zeros, sum[l], shift[l], factor[l]);
-      store(factor, found == 0.f ? f32v{} : load(factor) / load(sum));
-      store(lse, load(sum) == 0.f ? splat(-INFINITY) : log_of_sum(load(shift), load(sum)));
-      for (int64_t l = 0; l < rows; ++l) {
+      const f32v sums = tiling_.chunks ? load(w_.sum + b.at + r) : f32v{};
+      alignas(64) float factor[kLanes], lse[kLanes];
+      store(factor, sums == 0.f ? f32v{} : 1.f / sums);
+      store(lse, log_of_sum(load(w_.shift + b.at + r), sums));
+      for (int64_t l = 0; l < kLanes && r + l < b.rows; ++l) {
         const int64_t i = b.first_row + r + l;
-        if (factor[l] != 0.f)
+        const bool attends = factor[l] != 0.f;
+        if (const int64_t zeros = map.zero_keys(i); zeros > 0)
+          add_zero_keys(zeros, attends, b.at + r + l, factor + l, lse + l);
+        else if (!attends)
+          lse[l] = -INFINITY;
+        if (attends)
           w_.compute.write_row(b.at + r + l, factor[l], map.out_row(i));
         else
           std::memset(map.out_row(i), 0, w_.sizes.head_dim * sizeof(T));
@@ -200,12 +198,14 @@ class Forward {
     }
   }
 
-  // The sum with `zeros` more keys of score 0, and the factor of what it was before.
-  static void add_zeros(int64_t zeros, float& sum, float& shift, float& factor) {
+  // The factor of a finished row and its log-sum-exp with `zeros` more keys of score 0 and value 0.
+  void add_zero_keys(int64_t zeros, bool attends, int64_t row, float* factor, float* lse) const {
+    const float sum = attends ? w_.sum[row] : 0.f, shift = attends ? w_.shift[row] : -INFINITY;
     const float top = shift < 0.f ? 0.f : shift;  // neither part of the sum overflows
-    factor = __builtin_exp2f(shift - top);
-    sum = sum * factor + float(zeros) * __builtin_exp2f(-top);
-    shift = top;
+    const float share = __builtin_exp2f(shift - top);
+    const float total = sum * share + float(zeros) * __builtin_exp2f(-top);
+    *factor = share / total;
+    *lse = top * kLn2 + __builtin_logf(total);
   }
 
   const Head<Map, Term>* heads_;

@@ -132,7 +132,7 @@ class Float32Compute {
     if constexpr (Term::kNone) {
       return row_max(s, keys);
     } else {
-      f32v top;
+      f32v top = splat(-INFINITY);
       term.row(i, c.first_key, keys, [&](const auto& add) {
         top = row_map_max(
             s, keys, [&](f32v x, int64_t j, int lanes) { return add(x * splat(scale), j, lanes); });

@@ -15,15 +15,15 @@
 
 namespace vitkit::cpu::VITKIT_ISA {
 
-template <typename Map>
-VITKIT_INLINE void fetch_ahead(const Map& map) {
-  if constexpr (requires { map.fetch_ahead(); }) map.fetch_ahead();
-}
-
 template <typename T>
 VITKIT_INLINE T* row_pointer(const RowsView& view, int64_t batch, int64_t head, int64_t token) {
   return reinterpret_cast<T*>(view.data) + batch * view.batch_stride + head * view.head_stride +
          token * view.token_stride;
+}
+
+template <typename Map>
+VITKIT_INLINE void fetch_ahead(const Map& map) {
+  if constexpr (requires { map.fetch_ahead(); }) map.fetch_ahead();
 }
 
 // Rows a fixed stride apart: dense batches and packed sequences.
