@@ -84,7 +84,6 @@ class Float32Gradient {
     pack_queries(map, b);
     products(map, b, q_, k_transposed_, p_);
     products(map, b, grad_, v_transposed_, ds_);
-    if constexpr (Sink::kExactDelta) sum_delta(map, term, b, scale);
     differentiate(map, term, sink, b, scale);
     add_to_keys(map, b);
     add_to_queries(map, b);
@@ -149,8 +148,12 @@ class Float32Gradient {
       if constexpr (Term::kNone)
         differentiate(row, scale * kLog2e, [](f32v x, int64_t, int) { return x; });
       else
-        term.row(b.q0 + r, b.k0, n,
-                 [&](const auto& add) { differentiate(row, scale * kLog2e, add); });
+        term.row(b.q0 + r, b.k0, n, [&](const auto& add) {
+          if constexpr (Sink::kExactDelta)
+            differentiate_exactly(row, scale * kLog2e, map.grad_lse(b.q0 + r), add);
+          else
+            differentiate(row, scale * kLog2e, add);
+        });
       if constexpr (!Sink::kNone) sink.add(b.q0 + r, b.k0, n, row.ds);
     }
   }
@@ -160,29 +163,6 @@ class Float32Gradient {
     int64_t n, padded;
     RowConstants constants;
   };
-
-  // delta as the sum of P dP over a row, all of whose keys are in this block. The sum of P makes up
-  // for the rounding of lse, which grows with the scores.
-  template <typename Map, typename Term>
-  void sum_delta(const Map& map, const Term& term, const GradBlock& b, float scale) const {
-    for (int64_t r = 0; r < b.rows; ++r) {
-      const Row row{p_ + r * score_stride_, ds_ + r * score_stride_, visible(map, b, r), 0,
-                    constants_[r]};
-      f32v total = {}, sum = {};
-      term.row(b.q0 + r, b.k0, row.n, [&](const auto& add) {
-        const Probability<std::decay_t<decltype(add)>> probability(row, scale * kLog2e, add);
-        each_vector(row.n, [&](int64_t j, auto lanes) {
-          const f32v p = probability(j, lanes);
-          total += p;
-          sum += keep_lanes(p * load(row.ds + j), lanes, 0.f);
-        });
-      });
-      const float all = reduce_add(total);
-      if (all == 0.f) continue;
-      constants_[r].shift_rest += (all - 1.f) * kLog2e;  // log2(all): it is near 1
-      constants_[r].delta = reduce_add(sum) / all - map.grad_lse(b.q0 + r);
-    }
-  }
 
   // exp(score - lse) of keys j ... of a row, from its products.
   template <typename Add>
@@ -212,19 +192,42 @@ class Float32Gradient {
   static void differentiate(const Row& row, float scale, const Add& add) {
     const Probability<Add> probability(row, scale, add);
     const f32v delta = splat(row.constants.delta);
-    int64_t j = 0;
-    for (; j + kLanes <= row.n; j += kLanes) {
-      const f32v p = probability(j, kLanes);
+    each_vector(row.n, [&](int64_t j, auto lanes) {
+      const f32v p = probability(j, lanes);
       store(row.s + j, p);
-      store(row.ds + j, p * (load(row.ds + j) - delta));
-    }
-    if (const int left = int(row.n - j); left > 0) {
-      const f32v p = probability(j, left);
+      store(row.ds + j, first_lanes(p * (load(row.ds + j) - delta), lanes));
+    });
+    clear_behind(row);
+  }
+
+  // The same with delta as the sum of P dP over the row, all of whose keys are in this block, and P
+  // divided by its sum: that makes up for the rounding of lse, which grows with the scores.
+  template <typename Add>
+  static void differentiate_exactly(const Row& row, float scale, float grad_lse, const Add& add) {
+    const Probability<Add> probability(row, scale, add);
+    f32v total = {}, sum = {};
+    each_vector(row.n, [&](int64_t j, auto lanes) {
+      const f32v p = probability(j, lanes);
       store(row.s + j, p);
-      store(row.ds + j, keep_lanes(p * (load(row.ds + j) - delta), left, 0.f));
-      j += kLanes;
-    }
-    for (; j < row.padded; j += kLanes) {
+      total += p;
+      sum += first_lanes(p * load(row.ds + j), lanes);
+    });
+    const float all = reduce_add(total), share = all == 0.f ? 0.f : 1.f / all;
+    const f32v factor = splat(share), delta = splat(reduce_add(sum) * share - grad_lse);
+    each_vector(row.n, [&](int64_t j, auto lanes) {
+      const f32v p = load(row.s + j) * factor;
+      store(row.s + j, p);
+      store(row.ds + j, first_lanes(p * (load(row.ds + j) - delta), lanes));
+    });
+    clear_behind(row);
+  }
+
+  static f32v first_lanes(f32v x, int lanes) {
+    return lanes < kLanes ? keep_lanes(x, lanes, 0.f) : x;
+  }
+
+  static void clear_behind(const Row& row) {
+    for (int64_t j = round_up(row.n, kLanes); j < row.padded; j += kLanes) {
       store(row.s + j, f32v{});
       store(row.ds + j, f32v{});
     }
