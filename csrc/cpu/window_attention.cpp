@@ -5,16 +5,15 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
 #include <tuple>
 #include <vector>
 
 #include "attention/inputs.h"
+#include "attention/schedule.h"
 #include "attention/window_table.h"
 #include "check.h"
 #include "isa.h"
 #include "parallel.h"
-#include "scratch.h"
 
 VITKIT_ISA_TABLE(WindowForwardKernels, window_forward_kernels)
 VITKIT_ISA_TABLE(WindowBackwardKernels, window_backward_kernels)
@@ -25,7 +24,6 @@ namespace {
 constexpr const char* kOp = "window_attention";
 constexpr int64_t kMaxHeadDim = 256, kMaxPlaces = 1024;
 constexpr float kLog2e = 1.44269504088896340736f;
-constexpr double kFlopsPerThread = 2e6;  // about 20 us, several times what waking a thread costs
 constexpr int64_t kUnitsPerThread = 8;
 constexpr int64_t kTableGrain = 1 << 14;  // elements
 // Parts of the gradient, each with its own sums: enough for as many threads, few enough that their
@@ -123,18 +121,13 @@ class Arguments {
   Tensor bias_;
 };
 
-// Threads take units of consecutive items until none is left: f(begin, end, scratch).
+// Threads take units of consecutive items: f(begin, end, scratch).
 template <typename F>
-void run_items(int64_t items, int64_t unit, double flops, size_t scratch_bytes, const F& f) {
-  const int64_t most = std::min((items + unit - 1) / unit, num_threads());
-  const int64_t threads = std::clamp<int64_t>(int64_t(flops / kFlopsPerThread), 1, most);
-  std::atomic<int64_t> next{0};
-  parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    void* scratch = thread_scratch(scratch_bytes);
-    for (int64_t begin; (begin = next.fetch_add(unit, std::memory_order_relaxed)) < items;)
-      f(begin, std::min(begin + unit, items), scratch);
-    release_large_scratch();
-  });
+void run_units(int64_t items, int64_t unit, double flops, int64_t scratch_bytes, const F& f) {
+  run_items((items + unit - 1) / unit, threads_for(flops), size_t(scratch_bytes),
+            [&](int64_t index, void* scratch, int64_t) {
+              f(index * unit, std::min((index + 1) * unit, items), scratch);
+            });
 }
 
 std::tuple<Tensor, Tensor> window_attention_fwd(Tensor qkv, std::optional<Tensor> table,

@@ -79,15 +79,11 @@ class Run {
  public:
   Run(const WindowBackward& p, char* scratch)
       : p_(p),
-        grid_(backward_grid<Compute>(p.in.head_dim, false, places(), places())),
         arena_{scratch},
-        compute_(arena_, p.in.head_dim, grid_.key_range),
+        compute_(arena_, p.in.head_dim, grid(places()).key_range),
         sums_(arena_.take<float>(Compute::sums_floats(p.in.head_dim, places(), places()))),
         windows_{Window(arena_, p.in), Window(arena_, p.in)} {
-    if (p.in.logit_scale) {
-      cosine_ = CosineFactors(arena_, places());
-      residue_ = arena_.take<float>(places());
-    }
+    if (p.in.logit_scale) cosine_ = CosineFactors(arena_, places());
     if (p.in.logit_scale || !p.in.grid.divides())
       staged_ = arena_.take<float>(3 * places() * p.in.head_dim);
     bytes = arena_.next - scratch;
@@ -139,10 +135,7 @@ class Run {
     map.ahead = ahead;
     map.grad = reinterpret_cast<const T*>(p_.grad) + h * head_dim();
     map.head_dim = head_dim();
-    if (p_.in.logit_scale) {
-      cosine_.set(map, p_.in.logit_scale[h], head_dim());
-      std::memset(residue_, 0, size_t(places()) * sizeof(float));
-    }
+    if (p_.in.logit_scale) cosine_.set(map, p_.in.logit_scale[h], head_dim());
     if (!p_.in.logit_scale && !window.has_pads()) {
       multiply(FinalMap<T>{map, reinterpret_cast<T*>(p_.dqkv) + h * head_dim()}, part, h);
       return;
@@ -157,13 +150,28 @@ class Run {
   template <typename Map>
   void multiply(const Map& map, int64_t part, int64_t h) {
     const WindowTerm term{map.window, p_.in.bias + h * p_.in.bias_stride, cosine_};
-    const WindowSink sink{map.window, dbias(part, h), cosine_, residue_};
-    const BackwardGrid g = backward_grid<Compute>(head_dim(), false, map.nq, map.nk);
+    const WindowSink sink{map.window, dbias(part, h)};
+    if (p_.in.logit_scale)
+      multiply(map, term, CosineSink{sink, cosine_});
+    else
+      multiply(map, term, sink);
+  }
+
+  template <typename Map, typename Sink>
+  void multiply(const Map& map, const WindowTerm& term, const Sink& sink) {
+    const BackwardGrid g = grid(map.nq);
     compute_.attach(sums_, map.nq, map.nk);
-    const Backward<Compute, Map, WindowTerm, WindowSink> backward(map, term, sink, p_.in.scale,
-                                                                  compute_);
+    const Backward<Compute, Map, WindowTerm, Sink> backward(map, term, sink, p_.in.scale, compute_);
     for (int64_t step = 0; step < g.steps(); ++step)
       for (int64_t lane = 0; lane < g.lanes(); ++lane) backward.run(g, Cell(g, step, lane));
+  }
+
+  BackwardGrid grid(int64_t queries) const {
+    BackwardGrid g = backward_grid<Compute>(head_dim(), false, queries, places());
+    if (!p_.in.logit_scale) return g;
+    g.key_range = round_up(places(), Compute::kKeyStep);  // CosineSink: all keys in one cell
+    g.key_ranges = 1;
+    return g;
   }
 
   T* dqkv_row(int64_t token, int64_t part_of_row, int64_t h) const {
@@ -174,23 +182,11 @@ class Run {
   void finish_queries(const StagedMap<T>& map, int64_t part, int64_t h) const {
     float along = 0.f;
     for (int64_t i = 0; i < map.nq; ++i) {
-      if (p_.in.logit_scale)
-        along += project(map.q_row(i), map.dq_row(i), head_dim()) -
-                 residue_[i] * typical_cosine(*map.lse(i), h);
+      if (p_.in.logit_scale) along += project(map.q_row(i), map.dq_row(i), head_dim());
       write_row(map.dq_row(i), head_dim(), 1.f, dqkv_row(map.window->query[i].token, 0, h));
     }
     const bool clamped = p_.in.logit_scale && p_.in.logit_scale[h] > kMaxLogitScale;
     if (p_.sums.logit && !clamped) p_.sums.logit[head_at(part, h)] += along;
-  }
-
-  // The gradients of a row of scores sum to zero, but for the rounding of `out` in delta. That
-  // residue times the mean of the row's scaled cosines would be most of the error of dlogit_scale
-  // where the gain is large; the mean is near lse without the bias.
-  float typical_cosine(float lse, int64_t h) const {
-    const float gain = cosine_gain(p_.in.logit_scale[h]);
-    const float* bias = p_.in.bias + h * p_.in.bias_stride;
-    const float mean = lse - bias[unfolded_row(p_.in.grid, 0, 0)] * kLn2;
-    return mean < -gain ? -gain : (mean > gain ? gain : mean);
   }
 
   void finish_keys(const StagedMap<T>& map, int64_t part, int64_t h) const {
@@ -215,13 +211,12 @@ class Run {
   }
 
   const WindowBackward& p_;
-  const BackwardGrid grid_;
   Arena arena_;
   Compute compute_;
   float* sums_;
   Window windows_[2];  // the present one and the next
   CosineFactors cosine_;
-  float *staged_ = nullptr, *residue_ = nullptr;
+  float* staged_ = nullptr;
 };
 
 // f(Gradient*) with the arithmetic for a type.

@@ -192,14 +192,11 @@ class AmxGradient {
   template <typename Map, typename Term, typename Sink>
   void block(const Map& map, const Term& term, const Sink& sink, GradBlock b, float scale) const {
     pack_queries(map, b);
-    const int64_t keys = visible(map, b, b.rows - 1), row_tiles = divide_up(b.rows, kTile);
+    const int64_t keys = visible(map, b, b.rows - 1);
+    if constexpr (Sink::kExactDelta) sum_delta(map, term, b, keys, scale);
     for (int64_t t = 0; t < divide_up(keys, kTileK); ++t) {
       const int64_t columns = smaller(2, divide_up(keys, kTile) - 2 * t);
-      for (int64_t r = 0; r < row_tiles; r += 2) {
-        b.fetch_ahead(map);
-        products(r, row_tiles - r, t, columns, q_, k_, scores_);
-        products(r, row_tiles - r, t, columns, grad_, v_, dp_);
-      }
+      products(map, b, t, columns);
       differentiate(map, term, sink, b, t, columns, scale);
       add_to_keys(b, t, columns, grad_transposed_, p_pairs_, dv_);
       add_to_keys(b, t, columns, q_transposed_, ds_pairs_, dk_);
@@ -243,6 +240,44 @@ class AmxGradient {
     packer.rows(grad, b.rows, grad_);
     packer.pairs(q, b.rows, nullptr, q_transposed_);
     packer.pairs(grad, b.rows, nullptr, grad_transposed_);
+  }
+
+  // S and dP of the block with the strip of keys t.
+  template <typename Map>
+  void products(const Map& map, GradBlock& b, int64_t t, int64_t columns) const {
+    const int64_t row_tiles = divide_up(b.rows, kTile);
+    for (int64_t r = 0; r < row_tiles; r += 2) {
+      b.fetch_ahead(map);
+      products(r, row_tiles - r, t, columns, q_, k_, scores_);
+      products(r, row_tiles - r, t, columns, grad_, v_, dp_);
+    }
+  }
+
+  // delta as the sum of P dP over a row, all of whose keys are in this block. Scores are kept for
+  // one strip only, so they are computed twice.
+  template <typename Map, typename Term>
+  void sum_delta(const Map& map, const Term& term, GradBlock& b, int64_t keys, float scale) const {
+    float totals[kBlockRows] = {}, sums[kBlockRows] = {};
+    for (int64_t t = 0; t < divide_up(keys, kTileK); ++t) {
+      const int64_t columns = smaller(2, divide_up(keys, kTile) - 2 * t);
+      products(map, b, t, columns);
+      for (int64_t i = 0; i < b.rows; ++i) {
+        const int64_t n = visible(map, b, i) - t * kTileK;
+        if (n <= 0) continue;
+        f32v total = {}, sum = {};
+        term.row(b.q0 + i, b.k0 + t * kTileK, smaller(n, kTileK), [&](const auto& add) {
+          for (int64_t h = 0; h < columns && h * kTile < n; ++h) {
+            const f32v p = probability(i, h, n - h * kTile, scale * kLog2e, add);
+            total += p;
+            sum += keep_lanes(p * load(dp_ + score_at(i, h)), n - h * kTile, 0.f);
+          }
+        });
+        totals[i] += reduce_add(total);
+        sums[i] += reduce_add(sum);
+      }
+    }
+    for (int64_t i = 0; i < b.rows; ++i)
+      if (totals[i] != 0.f) constants_[i].delta = sums[i] / totals[i] - map.grad_lse(b.q0 + i);
   }
 
   // Scores of up to two tiles of rows with the strip of keys t.
@@ -293,13 +328,21 @@ class AmxGradient {
   void differentiate(int64_t i, int64_t h, int64_t n, float scale, const Add& add, f32v* p,
                      f32v* ds) const {
     if (n <= 0) return;
-    const int64_t at = i / kTile * kStripSums + h * kTileSums + i % kTile * kTile;
-    const f32v scaled = load(scores_ + at) * splat(scale);
+    *p = probability(i, h, n, scale, add);
+    *ds = *p * (load(dp_ + score_at(i, h)) - splat(constants_[i].delta));
+    if (n < kTile) *ds = keep_lanes(*ds, n, 0.f);
+  }
+
+  template <typename Add>
+  f32v probability(int64_t i, int64_t h, int64_t n, float scale, const Add& add) const {
+    const f32v scaled = load(scores_ + score_at(i, h)) * splat(scale);
     f32v x = add(scaled, h * kTile, int(smaller(n, kTile))) - splat(constants_[i].shift);
     if (n < kTile) x = keep_lanes(x, n, -INFINITY);
-    *p = exp2_softmax<3>(x);
-    *ds = *p * (load(dp_ + at) - splat(constants_[i].delta));
-    if (n < kTile) *ds = keep_lanes(*ds, n, 0.f);
+    return exp2_softmax<3>(x);
+  }
+
+  static int64_t score_at(int64_t i, int64_t h) {
+    return i / kTile * kStripSums + h * kTileSums + i % kTile * kTile;
   }
 
   template <typename Sink>

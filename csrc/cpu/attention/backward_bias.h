@@ -1,5 +1,7 @@
 // Where the gradient of a score term goes. A sink has
 //   kNone          true: there is no gradient, and add is never called
+//   kExactDelta    true: delta is summed from P and dP, not from the rounded `out`; all keys of a
+//                  query are then in one cell
 //   kChanges       true: add leaves the gradient of the scaled product of rows in ds
 //   add(i, j0, n, ds)   ds[j] is the gradient of the score of query i and key j0 + j, j < n; zero
 //                  behind, up to a whole vector
@@ -12,14 +14,14 @@ namespace vitkit::cpu::VITKIT_ISA {
 
 struct NoSink {
   static constexpr bool kNone = true;
-  static constexpr bool kChanges = false;
+  static constexpr bool kExactDelta = false, kChanges = false;
   void add(int64_t, int64_t, int64_t, const float*) const {}
 };
 
 // The gradient of a bias tensor; `data` is at (batch, head, 0, 0).
 struct DenseSink {
   static constexpr bool kNone = false;
-  static constexpr bool kChanges = false;
+  static constexpr bool kExactDelta = false, kChanges = false;
   char* data;
   ElementType type;
   bool accumulate;

@@ -148,8 +148,12 @@ class Float32Gradient {
       if constexpr (Term::kNone)
         differentiate(row, scale * kLog2e, [](f32v x, int64_t, int) { return x; });
       else
-        term.row(b.q0 + r, b.k0, n,
-                 [&](const auto& add) { differentiate(row, scale * kLog2e, add); });
+        term.row(b.q0 + r, b.k0, n, [&](const auto& add) {
+          if constexpr (Sink::kExactDelta)
+            differentiate_exactly(row, scale * kLog2e, map.grad_lse(b.q0 + r), add);
+          else
+            differentiate(row, scale * kLog2e, add);
+        });
       if constexpr (!Sink::kNone) sink.add(b.q0 + r, b.k0, n, row.ds);
     }
   }
@@ -160,28 +164,70 @@ class Float32Gradient {
     RowConstants constants;
   };
 
+  // exp(score - lse) of keys j ... of a row, from its products.
+  template <typename Add>
+  class Probability {
+   public:
+    Probability(const Row& row, float scale, const Add& add)
+        : s_(row.s),
+          add_(add),
+          scale_(splat(scale)),
+          shift_(splat(row.constants.shift)),
+          rest_(splat(row.constants.shift_rest)) {}
+
+    f32v operator()(int64_t j, int lanes) const {
+      constexpr int kDegree = std::is_same_v<T, float> ? 5 : 4;
+      f32v x = add_(load(s_ + j) * scale_, j, lanes) - shift_;
+      if constexpr (std::is_same_v<T, float>) x = x - rest_;
+      return exp2_softmax<kDegree>(lanes < kLanes ? keep_lanes(x, lanes, -INFINITY) : x);
+    }
+
+   private:
+    const float* s_;
+    const Add& add_;
+    const f32v scale_, shift_, rest_;
+  };
+
   template <typename Add>
   static void differentiate(const Row& row, float scale, const Add& add) {
-    constexpr int kDegree = std::is_same_v<T, float> ? 5 : 4;
-    const f32v c = splat(scale), delta = splat(row.constants.delta);
-    const f32v shift = splat(row.constants.shift), rest = splat(row.constants.shift_rest);
-    const auto shifted = [&](f32v x) {
-      return std::is_same_v<T, float> ? x - shift - rest : x - shift;
-    };
-    int64_t j = 0;
-    for (; j + kLanes <= row.n; j += kLanes) {
-      const f32v p = exp2_softmax<kDegree>(shifted(add(load(row.s + j) * c, j, kLanes)));
+    const Probability<Add> probability(row, scale, add);
+    const f32v delta = splat(row.constants.delta);
+    each_vector(row.n, [&](int64_t j, auto lanes) {
+      const f32v p = probability(j, lanes);
       store(row.s + j, p);
-      store(row.ds + j, p * (load(row.ds + j) - delta));
-    }
-    if (const int64_t left = row.n - j; left > 0) {
-      const f32v x = keep_lanes(shifted(add(load(row.s + j) * c, j, int(left))), left, -INFINITY);
-      const f32v p = exp2_softmax<kDegree>(x);
+      store(row.ds + j, first_lanes(p * (load(row.ds + j) - delta), lanes));
+    });
+    clear_behind(row);
+  }
+
+  // The same with delta as the sum of P dP over the row, all of whose keys are in this block, and P
+  // divided by its sum: that makes up for the rounding of lse, which grows with the scores.
+  template <typename Add>
+  static void differentiate_exactly(const Row& row, float scale, float grad_lse, const Add& add) {
+    const Probability<Add> probability(row, scale, add);
+    f32v total = {}, sum = {};
+    each_vector(row.n, [&](int64_t j, auto lanes) {
+      const f32v p = probability(j, lanes);
       store(row.s + j, p);
-      store(row.ds + j, keep_lanes(p * (load(row.ds + j) - delta), left, 0.f));
-      j += kLanes;
-    }
-    for (; j < row.padded; j += kLanes) {
+      total += p;
+      sum += first_lanes(p * load(row.ds + j), lanes);
+    });
+    const float all = reduce_add(total), share = all == 0.f ? 0.f : 1.f / all;
+    const f32v factor = splat(share), delta = splat(reduce_add(sum) * share - grad_lse);
+    each_vector(row.n, [&](int64_t j, auto lanes) {
+      const f32v p = load(row.s + j) * factor;
+      store(row.s + j, p);
+      store(row.ds + j, first_lanes(p * (load(row.ds + j) - delta), lanes));
+    });
+    clear_behind(row);
+  }
+
+  static f32v first_lanes(f32v x, int lanes) {
+    return lanes < kLanes ? keep_lanes(x, lanes, 0.f) : x;
+  }
+
+  static void clear_behind(const Row& row) {
+    for (int64_t j = round_up(row.n, kLanes); j < row.padded; j += kLanes) {
       store(row.s + j, f32v{});
       store(row.ds + j, f32v{});
     }

@@ -100,7 +100,7 @@ struct DistanceTerm {
 
 // Sums of ds over the rows and over the columns of the grid of keys; null without a gradient.
 struct DecomposedSink {
-  static constexpr bool kNone = false, kChanges = false;
+  static constexpr bool kNone = false, kExactDelta = false, kChanges = false;
   float *drel_h, *drel_w;  // of (batch, head, 0), rows of height and of width
   int64_t height, width;
 
@@ -136,7 +136,7 @@ struct DecomposedSink {
 
 // The gradient of a head's slope, per query: -sum ds * distance. Null without a gradient.
 struct DistanceSink {
-  static constexpr bool kNone = false, kChanges = false;
+  static constexpr bool kNone = false, kExactDelta = false, kChanges = false;
   DistanceTerm term;
   float* sums;  // of (batch, head, 0)
 

@@ -74,29 +74,30 @@ struct WindowTerm {
 };
 
 // Adds a row of gradients to that of the unfolded table. Rows are zero behind their n elements, up
-// to a whole vector. Swin V2: what is left in ds is the gradient of the product of rows.
+// to a whole vector.
 struct WindowSink {
-  static constexpr bool kNone = false;
-  static constexpr bool kChanges = true;
+  static constexpr bool kNone = false, kExactDelta = false, kChanges = false;
   const Window* window;
   float* bias;  // null: no gradient
+
+  void add(int64_t i, int64_t j0, int64_t n, const float* ds) const {
+    if (!bias) return;
+    float* to = bias + window->query[i].bias + j0;
+    for (int64_t j = 0; j < n; j += kLanes) store(to + j, load(to + j) + load(ds + j));
+  }
+};
+
+// The same, then the gradient of the product of rows. Scores reach 100 and more here: an error of
+// delta, multiplied by them, would be most of what is summed into the gradient of logit_scale.
+struct CosineSink : WindowSink {
+  static constexpr bool kExactDelta = true, kChanges = true;
   CosineFactors cosine;
-  float* residue =
-      nullptr;  // of each query: the sum of its row, zero but for rounding; with cosine
 
   void add(int64_t i, int64_t j0, int64_t n, float* ds) const {
-    if (bias) {
-      float* to = bias + window->query[i].bias + j0;
-      for (int64_t j = 0; j < n; j += kLanes) store(to + j, load(to + j) + load(ds + j));
-    }
-    if (!cosine.q) return;
+    WindowSink::add(i, j0, n, ds);
     const f32v factor = splat(cosine.q[i]);
-    f32v sum = {};
-    for (int64_t j = 0; j < n; j += kLanes) {
-      sum += load(ds + j);
+    for (int64_t j = 0; j < n; j += kLanes)
       store(ds + j, load(ds + j) * factor * load(cosine.k + j0 + j));
-    }
-    residue[i] += reduce_add(sum);
   }
 };
 
