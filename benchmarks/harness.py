@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from vitkit._numerics import Parity, parity
 
@@ -212,6 +213,22 @@ def peak_bytes(call: Callable[[], Any], device: str) -> float:
             now += event.nbytes()
             peak = max(peak, now)
     return float(peak)
+
+
+def half_on_cpu(dtype: torch.dtype, device: str) -> bool:
+    """Whether rivals also run ``in_float32``: on a CPU without matrix instructions for half
+    precision that is the quicker way, and what a user would do."""
+    return device == "cpu" and dtype.itemsize == 2
+
+
+def in_float32(function: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    """``function`` with its tensors cast to float32 and its results to ``dtype``."""
+
+    def call(*tensors: torch.Tensor | None) -> Any:
+        results = function(*tree_map_only(torch.Tensor, torch.Tensor.float, tensors))
+        return tree_map_only(torch.Tensor, lambda t: t.to(dtype), results)
+
+    return call
 
 
 # Seconds of a round of all providers beyond which two rounds have to do.

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import vitkit
 
-from ..harness import Case, Outputs, Provider, synchronize
+from ..harness import Case, Outputs, Provider, half_on_cpu, in_float32, synchronize
 
 OP = "dilated_attention"
 LENGTHS = (1024, 5792, 32768, 185363, 1048576)
@@ -29,9 +29,9 @@ HEADS, HEAD_DIM = 16, 48
 # (N, mode, targets of fp32 and bf16, sets)
 SHAPES: list[tuple[int, str, tuple[float | None, ...], tuple[str, ...]]] = [
     (1000, "forward", (None, None), ("smoke", "fast", "full")),
-    (1000, "forward+backward", (None, None), ("smoke", "full")),
+    (1000, "forward+backward", (None, None), ("smoke", "fast", "full")),
     (10000, "forward", (1.2, 1.4), ("fast", "full")),
-    (10000, "forward+backward", (None, None), ("fast", "full")),
+    (10000, "forward+backward", (None, None), ("full",)),
     (50000, "forward", (None, None), ("full",)),
 ]
 LONG_FLOPS = 1e12  # a call of ten seconds on a small machine
@@ -264,6 +264,8 @@ def make_case(
         rivals: dict[str, Callable[..., torch.Tensor]] = {"eager": _gathered, "views": _viewed}
         if not long:
             rivals["torch.compile"] = torch.compile(_gathered)
+            if half_on_cpu(dtype, device):
+                rivals["torch.compile in float32"] = torch.compile(in_float32(_gathered, dtype))
         if long:
             _announce(name, ours, projections, flops, lambda t: forward_flops(b, t, h, d), device)
         q, k, v = projections(n)

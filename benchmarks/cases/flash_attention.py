@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vitkit
 
-from ..harness import Case, Outputs, Provider
+from ..harness import Case, Outputs, Provider, half_on_cpu, in_float32
 
 OP = "flash_attention"
 
@@ -62,12 +62,14 @@ def _sdpa_with(backend: SDPBackend) -> Callable[..., torch.Tensor]:
     return call
 
 
-def _rivals(device: str) -> dict[str, Callable[..., torch.Tensor]]:
+def _rivals(device: str, dtype: torch.dtype) -> dict[str, Callable[..., torch.Tensor]]:
     rivals: dict[str, Callable[..., torch.Tensor]] = {
         "eager": eager,
         "torch.compile": torch.compile(eager),
         "sdpa": sdpa,
     }
+    if half_on_cpu(dtype, device):
+        rivals["sdpa in float32"] = in_float32(sdpa, dtype)
     backends = ["MATH", "FLASH_ATTENTION"]
     if device == "cuda":
         backends += ["EFFICIENT_ATTENTION", "CUDNN_ATTENTION"]
@@ -149,7 +151,7 @@ def make_case(
             return vitkit.flash_attention(q, k, v, bias=bias, backend=backend)
 
         providers = [Provider("vitkit", bind(ours), ours=True)]
-        providers += [Provider(n, bind(f)) for n, f in _rivals(device).items()]
+        providers += [Provider(n, bind(f)) for n, f in _rivals(device, dtype).items()]
         return providers, bind(eager, double=True)
 
     element = dtype.itemsize

@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import vitkit
 
-from ..harness import Case, Outputs, Provider
+from ..harness import Case, Outputs, Provider, half_on_cpu, in_float32
 from .flash_attention import OP, eager, sdpa
 
 
@@ -131,7 +131,10 @@ def make_case(shape: Shape, dtype: torch.dtype, backward: bool, device: str) -> 
             return eager(q, k, v, bias_of(*parts).dense(q.dtype))
 
         providers = [Provider("vitkit", bind(ours, parts), ours=True)]
-        providers += [Provider(s, bind(f, tensor)) for s, f in _rivals(shape, bias_of).items()]
+        rivals = _rivals(shape, bias_of)
+        if half_on_cpu(dtype, device):
+            rivals["sdpa in float32"] = in_float32(rivals["sdpa"], dtype)
+        providers += [Provider(name, bind(f, tensor)) for name, f in rivals.items()]
         return providers, bind(exact, parts, double=True)
 
     element = dtype.itemsize

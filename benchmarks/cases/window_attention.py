@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 import vitkit
 
-from ..harness import Case, Outputs, Provider
+from ..harness import Case, Outputs, Provider, half_on_cpu, in_float32
 
 OP = "window_attention"
 MASK = -100.0
@@ -212,6 +212,13 @@ def _rivals(s: Shape, table, logit_scale) -> dict[str, Callable[..., Any]]:
     return rivals
 
 
+def _rivals_in_float32(s: Shape, table, logit_scale) -> dict[str, Callable[..., Any]]:
+    tables = [t if t is None else t.float() for t in (table, logit_scale)]
+    block = in_float32(_Block(s, *tables, sdpa=not s.cosine, cached=s.cached), table.dtype)
+    kind = ("eager" if s.cosine else "sdpa") + (" cached" if s.cached else "") + " in float32"
+    return {kind: block, f"torch.compile {kind}": torch.compile(block)}
+
+
 def make_case(
     s: Shape,
     dtype: torch.dtype,
@@ -275,9 +282,11 @@ def make_case(
         providers = [
             Provider("vitkit", bind(ours, (qkv, table, logit_scale, pad), [grad], False), ours=True)
         ]
+        rivals = _rivals(s, table, logit_scale)
+        if half_on_cpu(dtype, device):
+            rivals |= _rivals_in_float32(s, table, logit_scale)
         providers += [
-            Provider(name, bind(f, given, [grad, grad_read], True))
-            for name, f in _rivals(s, table, logit_scale).items()
+            Provider(name, bind(f, given, [grad, grad_read], True)) for name, f in rivals.items()
         ]
         exact = [None if t is None else t.double() for t in given]
         truth = _Block(s, exact[2], exact[3])
