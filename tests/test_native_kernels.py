@@ -152,7 +152,7 @@ MUTANTS = {
         "const f32v m = splat(mean / 2);",
     ),
     "the gradient forgets its projection on xhat": (
-        "group_norm_silu", "avx512-emulated", "group_norm_silu_kernel.cpp", "slope = -rstd * g2",
+        "group_norm_silu", "avx512-emulated", "norm/group_norm_backward.h", "slope = -rstd * g2",
         "slope = -rstd * 0 * g2",
     ),
 }  # fmt: skip
