@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=sorted(DTYPES), help="only this dtype")
     p.add_argument("--mode", choices=("forward", "forward+backward"), help="only this mode")
     p.add_argument("--name", help="only rows whose model name contains this")
-    p.add_argument("--seconds", type=float, default=2.0, help="time per row")
+    p.add_argument("--seconds", type=float, default=1.0, help="time per row")
     p.add_argument(
         "--json", type=Path, nargs="?", const=STDOUT, metavar="FILE",
         help="store the rows in FILE; without one, print them instead of the table",

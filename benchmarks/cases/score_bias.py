@@ -24,16 +24,18 @@ class Shape(NamedTuple):
     kind: str  # decomposed or distance
     targets: tuple[float | None, ...]  # of fp32 and bf16 forward and forward+backward
     given: bool = False  # rivals get the finished tensor
+    sets: tuple[str, ...] = ("full",)
 
 
 NONE = (None,) * 4
 SHAPES = [
-    Shape("SAM-B global", 1, (64, 64), 12, 64, "decomposed", (1.5, 1.5, None, None)),
+    Shape("SAM-B global", 1, (64, 64), 12, 64, "decomposed", (1.5, 1.5, None, None),
+          sets=("fast", "full")),
     Shape("SAM-B global, bias given", 1, (64, 64), 12, 64, "decomposed", NONE, given=True),
     Shape("SAM-B windows", 25, (14, 14), 12, 64, "decomposed", NONE),
     Shape("TITAN 2048 tiles", 1, (64, 32), 12, 64, "distance", (1.5, 1.5, None, None)),
     Shape("TITAN 2048 tiles, bias given", 1, (64, 32), 12, 64, "distance", NONE, given=True),
-]
+]  # fmt: skip
 
 Bias = vitkit.DecomposedBias | vitkit.DistanceBias
 
@@ -151,7 +153,7 @@ def make_case(shape: Shape, dtype: torch.dtype, backward: bool, device: str) -> 
         (4.0 * b * h * n * d * element + compact) * (2.5 if backward else 1),
         n * d * (b if backward else 1),
         shape.targets[2 * backward + (dtype == torch.bfloat16)],
-        ("full",),
+        ("full",) if backward else shape.sets,
     )
 
 
