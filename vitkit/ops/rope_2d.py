@@ -8,7 +8,7 @@ which is the model's business. They hold one value per element, as the hosts kee
 cos_b), or one per pair. Fewer positions than tokens leave the first tokens as they are: class and
 register tokens. Computed in float32, rounded once, q and k in one pass. The gradient is the
 transposed rotation; that of the tables, which only models with learned frequencies ask for, is
-taken through the reference. Deterministic.
+taken in plain PyTorch. Deterministic.
 """
 
 from __future__ import annotations
@@ -44,18 +44,39 @@ def reference(
     return tuple(_rotated(x, cos, sin, interleaved) for x in (q, k) if x is not None)
 
 
+def _quarter_turn(h, interleaved):
+    """(a, b) -> (-b, a) for each pair."""
+    if interleaved:
+        return torch.stack([-h[..., 1::2], h[..., ::2]], -1).flatten(-2)
+    a, b = h.chunk(2, -1)
+    return torch.cat([-b, a], -1)
+
+
 def _rotated(x, cos, sin, interleaved):
     compute = torch.promote_types(x.dtype, torch.float32)
     prefix = x.shape[1] - cos.shape[1]
     h, cos, sin = x[:, prefix:].to(compute), cos.to(compute), sin.to(compute)
-    if interleaved:
-        a, b = h[..., ::2], h[..., 1::2]
-        turned = torch.stack([-b, a], -1).flatten(-2)
-    else:
-        a, b = h.chunk(2, -1)
-        turned = torch.cat([-b, a], -1)
-    y = (h * cos + turned * sin).to(x.dtype)
+    y = (h * cos + _quarter_turn(h, interleaved) * sin).to(x.dtype)
     return torch.cat([x[:, :prefix], y], 1) if prefix else y.contiguous()
+
+
+def _turned_back(grad, cos, sin, interleaved):
+    """The transposed rotation, in plain PyTorch, differentiable in all three."""
+    prefix = grad.shape[1] - cos.shape[1]
+    h = grad[:, prefix:].to(cos.dtype)
+    y = (h * cos - _quarter_turn(h * sin, interleaved)).to(grad.dtype)
+    return torch.cat([grad[:, :prefix], y], 1) if prefix else y.contiguous()
+
+
+def _table_gradients(pairs, table, interleaved):
+    """Gradients of cos and sin from (x, gradient of the turned x), in plain PyTorch."""
+    dcos, dsin = torch.zeros_like(table), torch.zeros_like(table)
+    for x, grad in pairs:
+        prefix = x.shape[1] - table.shape[1]
+        h, g = x[:, prefix:].to(table.dtype), grad[:, prefix:].to(table.dtype)
+        dcos = dcos + (g * h).sum_to_size(table.shape)
+        dsin = dsin + (g * _quarter_turn(h, interleaved)).sum_to_size(table.shape)
+    return dcos, dsin
 
 
 # ---- operators ----
@@ -89,50 +110,36 @@ _FWD = torch.ops.vitkit.rope_2d_fwd.default
 
 class _RoPE(torch.autograd.Function):
     @staticmethod
-    def forward(q, k, cos, sin, interleaved, overload):
+    def forward(q, k, cos, sin, interleaved, learned, overload):
         return getattr(torch.ops.vitkit.rope_2d_fwd, overload)(q, k, cos, sin, interleaved)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, cos, sin, ctx.interleaved, ctx.overload = inputs
+        q, k, cos, sin, ctx.interleaved, ctx.learned, ctx.overload = inputs
         ctx.has_k = k is not None
         if k is None:
             ctx.mark_non_differentiable(output[1])
-        learned = cos.requires_grad or sin.requires_grad
-        # The rotation of q needs the tables only; q itself is kept for the gradient of tables.
-        ctx.save_for_backward(*((q, k) if learned else (None, None)), cos, sin)
+        # Turning back takes the tables only; the gradient of the tables takes what they turned.
+        ctx.save_for_backward(*((q, k) if ctx.learned else (None, None)), cos, sin)
 
     @staticmethod
     def backward(ctx, grad_q, grad_k):
         q, k, cos, sin = ctx.saved_tensors
         grad_k = grad_k if ctx.has_k else None
-        needed = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():
-            found = _RoPE.differentiable(ctx, q, k, cos, sin, grad_q, grad_k, needed)
-            return *found, None, None
-        op = getattr(torch.ops.vitkit.rope_2d_bwd, ctx.overload)
-        grad_q = _rows(grad_q)
-        grad_k = None if grad_k is None else _rows(grad_k)
-        dq, dk = op(grad_q, grad_k, cos, sin, ctx.interleaved)
         dcos = dsin = None
-        if needed[2] or needed[3]:
-            _, _, dcos, dsin = _RoPE.differentiable(
-                ctx, q, k, cos, sin, grad_q, grad_k, (False, False, *needed[2:])
+        if ctx.learned:
+            pairs = [(q, grad_q)] if k is None else [(q, grad_q), (k, grad_k)]
+            dcos, dsin = _table_gradients(pairs, cos, ctx.interleaved)
+        if torch.is_grad_enabled():
+            dq, dk = (
+                None if g is None else _turned_back(g, cos, sin, ctx.interleaved)
+                for g in (grad_q, grad_k)
             )
-        return dq, dk if ctx.has_k else None, dcos, dsin, None, None
-
-    @staticmethod
-    def differentiable(ctx, q, k, cos, sin, grad_q, grad_k, needed):
-        """Gradients that can be differentiated again. The rotation is linear in q and k, whose
-        values it does not need: anything of their shape will do where they were not kept."""
-        q = grad_q if q is None else q
-        k = grad_k if k is None else k
-        return _library.differentiable_backward(
-            lambda q, k, cos, sin: reference(q, k, cos, sin, ctx.interleaved),
-            (q, k, cos, sin),
-            (grad_q,) if grad_k is None else (grad_q, grad_k),
-            needed,
-        )
+        else:
+            op = getattr(torch.ops.vitkit.rope_2d_bwd, ctx.overload)
+            grad_k = None if grad_k is None else _rows(grad_k)
+            dq, dk = op(_rows(grad_q), grad_k, cos, sin, ctx.interleaved)
+        return dq, dk if ctx.has_k else None, dcos, dsin, None, None, None
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -267,9 +274,10 @@ def rope_2d(
         return found[0] if k is None else (found[0], found[1])
     q, k = _rows(q), None if k is None else _rows(k)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, cos, sin)):
+        learned = cos.requires_grad or sin.requires_grad
         if torch.compiler.is_compiling():
             q, k, cos, sin = _library.distinct(q, k, cos, sin)
-        turned = _RoPE.apply(q, k, cos, sin, interleaved, plan.overload)
+        turned = _RoPE.apply(q, k, cos, sin, interleaved, learned, plan.overload)
     else:
         turned = plan.fwd(q, k, cos, sin, interleaved)
     return turned[0] if k is None else (turned[0], turned[1])

@@ -15,13 +15,19 @@
 
 namespace vitkit::cpu::VITKIT_ISA {
 
-// c[n - 1] s^(n - 1) + ... + c[0]
+// factor * (c[n - 1] s^(n - 1) + ... + c[0]), even and odd powers apart: half the latency.
 template <int n>
-VITKIT_INLINE f32v polynomial(const float (&c)[n], f32v s) {
-  f32v p = splat(c[n - 1]);
-#pragma GCC unroll 16
-  for (int i = n - 2; i >= 0; --i) p = fma(p, s, splat(c[i]));
-  return p;
+VITKIT_INLINE f32v polynomial(const float (&c)[n], f32v s, float factor) {
+  constexpr int kLast = n - 1;
+  const f32v square = s * s;
+  f32v p = splat(factor * c[kLast]), q = splat(factor * c[kLast - 1]);
+#pragma GCC unroll 8
+  for (int i = kLast - 2; i > 0; i -= 2) {
+    p = fma(p, square, splat(factor * c[i]));
+    q = fma(q, square, splat(factor * c[i - 1]));
+  }
+  if constexpr (n % 2 == 0) return fma(p, s, q);
+  return fma(q, s, fma(p, square, splat(factor * c[0])));
 }
 
 // g(z) = z * q(z^2) and g'(z) = r(z^2) up to z^2 = kEnd; q and r stay what they are from there on.
@@ -69,26 +75,28 @@ VITKIT_INLINE f32v limited_square(f32v z) {
   return min(splat(kActivation == Activation::gelu ? NormalLogit<T>::kEnd : 1e4f), z * z);
 }
 
-// g(z) / z
+// -g(z) / z in binary digits
 template <typename T, Activation kActivation>
 VITKIT_INLINE f32v logit_over(f32v s) {
-  if constexpr (kActivation == Activation::silu) return splat(1.f);
-  if constexpr (kActivation == Activation::gelu) return polynomial(NormalLogit<T>::kValue, s);
-  return fma(s, splat(kSqrt8OverPi * kTanhCubic), splat(kSqrt8OverPi));
+  constexpr float kLinear = -kLog2e * kSqrt8OverPi;
+  if constexpr (kActivation == Activation::silu) return splat(-kLog2e);
+  if constexpr (kActivation == Activation::gelu)
+    return polynomial(NormalLogit<T>::kValue, s, -kLog2e);
+  return fma(s, splat(kLinear * kTanhCubic), splat(kLinear));
 }
 
 // g'(z)
 template <typename T, Activation kActivation>
 VITKIT_INLINE f32v logit_slope(f32v s) {
   if constexpr (kActivation == Activation::silu) return splat(1.f);
-  if constexpr (kActivation == Activation::gelu) return polynomial(NormalLogit<T>::kSlope, s);
+  if constexpr (kActivation == Activation::gelu) return polynomial(NormalLogit<T>::kSlope, s, 1.f);
   return fma(s, splat(3 * kSqrt8OverPi * kTanhCubic), splat(kSqrt8OverPi));
 }
 
 // -g(z) in binary digits, held where exp2_for ends.
 template <typename T, Activation kActivation>
 VITKIT_INLINE f32v negative_bits(f32v z, f32v s) {
-  const f32v t = z * logit_over<T, kActivation>(s) * -kLog2e;
+  const f32v t = z * logit_over<T, kActivation>(s);
   return max(splat(-120.f), min(splat(120.f), t));
 }
 
