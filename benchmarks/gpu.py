@@ -66,6 +66,10 @@ OP_TESTS = [
     "tests/test_window_attention.py",
     "tests/test_dilated_attention.py",
     "tests/test_score_bias.py",
+    "tests/test_swiglu.py",
+    "tests/test_geglu.py",
+    "tests/test_gelu.py",
+    "tests/test_rope_2d.py",
     "tests/test_library.py",
 ]
 

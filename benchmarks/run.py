@@ -17,7 +17,16 @@ import torch
 from . import overhead, report
 from .harness import Case, Roofline, Row, measure, measure_roofline
 
-OPS = ("group_norm_silu", "flash_attention", "window_attention", "dilated_attention")
+OPS = (
+    "group_norm_silu",
+    "flash_attention",
+    "window_attention",
+    "dilated_attention",
+    "swiglu",
+    "geglu",
+    "gelu",
+    "rope_2d",
+)
 STDOUT = Path("-")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -10,18 +10,27 @@ import torch
 from vitkit.benchmarks.cases import (
     dilated_attention,
     flash_attention,
+    geglu,
+    gelu,
     group_norm_silu,
+    rope_2d,
+    swiglu,
     window_attention,
 )
 from vitkit.benchmarks.harness import _gate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CASES = [
-    c
-    for module in (group_norm_silu, flash_attention, window_attention, dilated_attention)
-    for c in module.cases(DEVICE)
-    if "smoke" in c.sets
-]
+MODULES = (
+    group_norm_silu,
+    flash_attention,
+    window_attention,
+    dilated_attention,
+    swiglu,
+    geglu,
+    gelu,
+    rope_2d,
+)
+CASES = [c for module in MODULES for c in module.cases(DEVICE) if "smoke" in c.sets]
 
 
 def label(case):

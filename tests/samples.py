@@ -137,6 +137,39 @@ def _dilated(**options):
     return make
 
 
+def _gated(separate=False, **options):
+    def make(device, dtype):
+        torch.manual_seed(0)
+        if separate:
+            return {n: _randn(device, dtype, 2, 3, 9) for n in ("x", "gate")}, options
+        return {"x": _randn(device, dtype, 2, 3, 18)}, options
+
+    return make
+
+
+def _gelu(channels_last=False, **options):
+    def make(device, dtype):
+        torch.manual_seed(0)
+        x = _randn(device, dtype, 2, 3, 5, 7)
+        return {
+            "x": x.contiguous(memory_format=torch.channels_last) if channels_last else x
+        }, options
+
+    return make
+
+
+def _rope(table, k_heads=2, **options):
+    def make(device, dtype):
+        torch.manual_seed(0)
+        tensors = {
+            "q": _randn(device, dtype, 2, 7, 2, 12),
+            "k": _randn(device, dtype, 2, 7, k_heads, 12),
+        }
+        return tensors | {n: _randn(device, dtype, *table) for n in ("cos", "sin")}, options
+
+    return make
+
+
 SAMPLES = [
     Sample("dilated_attention", "zeros_attended", _dilated()),
     Sample(
@@ -165,6 +198,10 @@ SAMPLES = [
         ("slopes", "coords_q", "coords_k"),
         "_distance",
     ),
+    Sample("geglu", "packed", _gated()),
+    Sample("geglu", "separate_tanh", _gated(separate=True, approximate="tanh")),
+    Sample("gelu", "channels_last", _gelu(channels_last=True)),
+    Sample("gelu", "tanh", _gelu(approximate="tanh")),
     Sample("group_norm_silu", "affine", _group_norm()),
     Sample(
         "group_norm_silu", "plain_without_activation", _group_norm(affine=False, activation=None)
@@ -172,6 +209,10 @@ SAMPLES = [
     Sample("group_norm_silu", "modulated", _group_norm(modulated=True)),
     Sample("group_norm_silu", "channels_last", _group_norm(channels_last=True, modulated=True)),
     Sample("group_norm_silu", "volume", _group_norm(shape=(1, 4, 2, 3, 2), groups=2)),
+    Sample("rope_2d", "prefix_of_one", _rope((6, 12))),
+    Sample("rope_2d", "tables_of_heads", _rope((2, 7, 2, 6), layout="interleaved")),
+    Sample("swiglu", "packed", _gated()),
+    Sample("swiglu", "separate", _gated(separate=True)),
     Sample("window_attention", "shifted", _window(shift_size=(1, 2))),
     Sample("window_attention", "cosine", _window(cosine=True, padding="roll_then_pad")),
 ]

@@ -238,7 +238,8 @@ def test_flops_are_counted(sample, device):
         function(*values, backend=device)
     with FlopCounterMode(display=False) as both:
         loss(function(*(v.clone().requires_grad_() for v in values), backend=device)).backward()
-    factor = 3.5 if sample.op.endswith("attention") else 3
+    # The gradient of a rotation is a rotation.
+    factor = 3.5 if sample.op.endswith("attention") else 2 if sample.op == "rope_2d" else 3
     assert forward.get_total_flops() > 0
     assert both.get_total_flops() == factor * forward.get_total_flops()
 

@@ -25,7 +25,9 @@ KERNELS = {
     "attention_forward": ("flash_attention_kernel.cpp",),
     "attention_backward": ("flash_attention_bwd_kernel.cpp",),
     "dilated_attention": ("dilated_attention_kernel.cpp", "dilated_attention_bwd_kernel.cpp"),
+    "gated_activation": ("gated_activation_kernel.cpp",),
     "group_norm_silu": ("group_norm_silu_kernel.cpp", "scratch.cpp"),
+    "rope_2d": ("rope_2d_kernel.cpp",),
     "window_attention": ("window_attention_kernel.cpp", "window_attention_bwd_kernel.cpp"),
 }
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -154,6 +156,22 @@ MUTANTS = {
     "the gradient forgets its projection on xhat": (
         "group_norm_silu", "avx512-emulated", "norm/group_norm_backward.h", "slope = -rstd * g2",
         "slope = -rstd * 0 * g2",
+    ),
+    "the slope of erf ends where its value does": (
+        "gated_activation", "avx512-emulated", "norm/gate.h",
+        "NormalLogit<T>::kSlope, s", "NormalLogit<T>::kValue, s",
+    ),
+    "a gradient of the gate forgets the value": (
+        "gated_activation", "avx512-emulated", "gated_activation_kernel.cpp",
+        "z = dz * v;", "z = dz;",
+    ),
+    "turning back turns on": (
+        "rope_2d", "avx512-emulated", "rope_2d_kernel.cpp",
+        "kInverse ? swap_pairs(v * s) : swap_pairs(v) * s", "swap_pairs(v) * s",
+    ),
+    "the prefix shifts the angles": (
+        "rope_2d", "avx512-emulated", "rope_2d_kernel.cpp", "(n - p.prefix) * table",
+        "n * table",
     ),
 }  # fmt: skip
 

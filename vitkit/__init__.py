@@ -9,7 +9,11 @@ from vitkit._version import __version__
 from vitkit.backends import explain
 from vitkit.ops.dilated_attention import dilated_attention
 from vitkit.ops.flash_attention import flash_attention
+from vitkit.ops.geglu import geglu
+from vitkit.ops.gelu import gelu
 from vitkit.ops.group_norm_silu import group_norm_silu
+from vitkit.ops.rope_2d import rope_2d
+from vitkit.ops.swiglu import swiglu
 from vitkit.ops.window_attention import window_attention
 from vitkit.patch import is_patched, patch, patched, unpatch
 from vitkit.score_bias import DecomposedBias, DistanceBias
@@ -22,10 +26,14 @@ __all__ = [
     "dilated_attention",
     "explain",
     "flash_attention",
+    "geglu",
+    "gelu",
     "group_norm_silu",
     "is_patched",
     "patch",
     "patched",
+    "rope_2d",
+    "swiglu",
     "unpatch",
     "verify",
     "window_attention",

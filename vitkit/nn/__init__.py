@@ -8,19 +8,30 @@ kernels can run, torch's own functions where none can.
 from vitkit.nn.attention import Attention, AttentionPoolLatent
 from vitkit.nn.dilated import DilatedAttention
 from vitkit.nn.functional import attend, group_norm_silu, why_no_kernel
+from vitkit.nn.mlp import GEGLU, GELU, SwiGLU, SwiGLUPacked, geglu, gelu, swiglu
 from vitkit.nn.norm import GroupNorm, GroupNormSiLU
+from vitkit.nn.rope import RotaryEmbedding2d, rotate
 from vitkit.nn.window import WindowAttention, WindowAttentionV2, attend_windows
 
 __all__ = [
+    "GEGLU",
+    "GELU",
     "Attention",
     "AttentionPoolLatent",
     "DilatedAttention",
     "GroupNorm",
     "GroupNormSiLU",
+    "RotaryEmbedding2d",
+    "SwiGLU",
+    "SwiGLUPacked",
     "WindowAttention",
     "WindowAttentionV2",
     "attend",
     "attend_windows",
+    "geglu",
+    "gelu",
     "group_norm_silu",
+    "rotate",
+    "swiglu",
     "why_no_kernel",
 ]

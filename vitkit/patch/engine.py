@@ -23,6 +23,7 @@ HOSTS = {
     "timm": "timm",
     "diffusers": "diffusers",
     "torchvision": "torchvision",
+    "transformers": "transformers",
     "torch": "pytorch",
 }
 

@@ -12,4 +12,14 @@ def _group_norm(module: torch.nn.Module) -> Replacement:
     return Replacement("group_norm_silu (no activation)", (swap_class(module, nn.GroupNorm),))
 
 
-RULES = [Rule(torch.nn.GroupNorm, "group_norm_silu", _group_norm)]
+def _gelu(module: torch.nn.GELU) -> Replacement:
+    return Replacement(
+        f"gelu ({'tanh' if module.approximate == 'tanh' else 'erf'})",
+        (swap_class(module, nn.GELU),),
+    )
+
+
+RULES = [
+    Rule(torch.nn.GroupNorm, "group_norm_silu", _group_norm),
+    Rule(torch.nn.GELU, "gelu", _gelu),
+]

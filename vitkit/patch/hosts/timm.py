@@ -7,10 +7,11 @@ from typing import Any
 
 import timm.layers
 import torch
-from timm.layers import apply_rot_embed_cat
 
 from vitkit import nn
 from vitkit.nn.attention import pool_latent, project, self_attention
+from vitkit.nn.rope import rotate
+from vitkit.patch.hosts.timm_mlp import RULES as MLP_RULES
 from vitkit.patch.hosts.timm_swin import RULES as SWIN_RULES
 from vitkit.patch.rules import Replacement, Rule, swap_class, watched
 
@@ -47,37 +48,43 @@ class Attention(timm.layers.Attention):
         return self_attention(self, x, attn_mask, is_causal)
 
 
+def _is_table(rope: torch.Tensor, positions: int) -> bool:
+    """Whether timm's sines and cosines are a table for each of the tokens they turn: [N', 2D],
+    [H, N', 2D] or [B, H or 1, N', 2D]. timm takes whatever broadcasts."""
+    return rope.dim() in (2, 3, 4) and rope.shape[-2] == positions
+
+
+def _rotated(m: Any, q: torch.Tensor, k: torch.Tensor, rope: torch.Tensor):
+    """q and k [B, N, H, D] turned by timm's sines and cosines side by side."""
+    if rope.dim() > 2:
+        rope = rope.transpose(-2, -3)
+    if rope.dim() == 3:
+        rope = rope[None]
+    sin, cos = rope.chunk(2, -1)
+    layout = "half" if getattr(m, "rotate_half", False) else "interleaved"
+    return rotate(m, q, k, cos, sin, layout)
+
+
 class AttentionRope(timm.layers.AttentionRope):
-    """timm's AttentionRope on flash attention."""
+    """timm's AttentionRope on rotary positions and flash attention."""
 
     def forward(self, x, rope=None, attn_mask=None, is_causal=False):
-        if _needs_host(self, attn_mask, is_causal):
+        b, n, _ = x.shape
+        turned = rope is None or _is_table(rope, n - self.num_prefix_tokens)
+        if _needs_host(self, attn_mask, is_causal) or not turned:
             causal = {"is_causal": True} if is_causal else {}
             return super().forward(x, rope, attn_mask=attn_mask, **causal)
-        b, n, _ = x.shape
         if self.qkv is not None:
-            qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).unbind(2)
-            q, k, v = (t.transpose(1, 2) for t in qkv)
+            q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).unbind(2)
         else:
             shape = (b, n, -1, self.head_dim)
-            q, k, v = (
-                proj(x).reshape(shape).transpose(1, 2)
-                for proj in (self.q_proj, self.k_proj, self.v_proj)
-            )
+            q, k, v = (proj(x).reshape(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            prefix = self.num_prefix_tokens
-            half = getattr(self, "rotate_half", False)
-            q, k = (
-                torch.cat(
-                    [t[:, :, :prefix], apply_rot_embed_cat(t[:, :, prefix:], rope, half=half)], 2
-                ).type_as(v)
-                for t in (q, k)
-            )
+            q, k = (t.type_as(v) for t in _rotated(self, q, k, rope))
         groups = getattr(self, "num_kv_groups", 1)
         if groups > 1:
-            k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            k, v = (t.repeat_interleave(groups, dim=2) for t in (k, v))
         return project(self, x, nn.attend(self, q, k, v, attn_mask, is_causal).reshape(b, n, -1))
 
 
@@ -129,4 +136,5 @@ RULES = [
         ((timm.layers.AttentionPoolLatent.forward, _POOL),),
     ),
     *SWIN_RULES,
+    *MLP_RULES,
 ]
