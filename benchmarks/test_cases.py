@@ -10,7 +10,9 @@ import torch
 from vitkit.benchmarks.cases import (
     dilated_attention,
     flash_attention,
+    gated_residual,
     group_norm_silu,
+    layer_norm_modulate,
     window_attention,
 )
 from vitkit.benchmarks.harness import _gate
@@ -18,7 +20,14 @@ from vitkit.benchmarks.harness import _gate
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [
     c
-    for module in (group_norm_silu, flash_attention, window_attention, dilated_attention)
+    for module in (
+        group_norm_silu,
+        flash_attention,
+        window_attention,
+        dilated_attention,
+        layer_norm_modulate,
+        gated_residual,
+    )
     for c in module.cases(DEVICE)
     if "smoke" in c.sets
 ]

@@ -26,6 +26,8 @@ KERNELS = {
     "attention_backward": ("flash_attention_bwd_kernel.cpp",),
     "dilated_attention": ("dilated_attention_kernel.cpp", "dilated_attention_bwd_kernel.cpp"),
     "group_norm_silu": ("group_norm_silu_kernel.cpp", "scratch.cpp"),
+    "layer_norm_modulate": ("layer_norm_modulate_kernel.cpp", "scratch.cpp"),
+    "gated_residual": ("gated_residual_kernel.cpp", "scratch.cpp"),
     "window_attention": ("window_attention_kernel.cpp", "window_attention_bwd_kernel.cpp"),
 }
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -154,6 +156,18 @@ MUTANTS = {
     "the gradient forgets its projection on xhat": (
         "group_norm_silu", "avx512-emulated", "group_norm_silu_kernel.cpp", "slope = -rstd * g2",
         "slope = -rstd * 0 * g2",
+    ),
+    "split pairs are not put back in order": (
+        "layer_norm_modulate", "avx512-emulated", "layer_norm_modulate_kernel.cpp",
+        "join_pairs(sums.dz_xhat, n);\n", "",
+    ),
+    "a block of rows has the statistics of its first": (
+        "layer_norm_modulate", "avx512-emulated", "layer_norm_modulate_kernel.cpp",
+        "m[r] = splat(mean[r])", "m[r] = splat(mean[0])",
+    ),
+    "gates of the first segment serve all": (
+        "gated_residual", "avx512-emulated", "gated_residual_kernel.cpp",
+        "if (segment != prepared)", "if (prepared < 0)",
     ),
 }  # fmt: skip
 

@@ -9,7 +9,9 @@ from vitkit._version import __version__
 from vitkit.backends import explain
 from vitkit.ops.dilated_attention import dilated_attention
 from vitkit.ops.flash_attention import flash_attention
+from vitkit.ops.gated_residual import gated_residual
 from vitkit.ops.group_norm_silu import group_norm_silu
+from vitkit.ops.layer_norm_modulate import layer_norm_modulate
 from vitkit.ops.window_attention import window_attention
 from vitkit.patch import is_patched, patch, patched, unpatch
 from vitkit.score_bias import DecomposedBias, DistanceBias
@@ -22,8 +24,10 @@ __all__ = [
     "dilated_attention",
     "explain",
     "flash_attention",
+    "gated_residual",
     "group_norm_silu",
     "is_patched",
+    "layer_norm_modulate",
     "patch",
     "patched",
     "unpatch",

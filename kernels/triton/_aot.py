@@ -29,7 +29,14 @@ from triton.runtime.jit import create_function_from_signature
 
 from ._primitives import INTERPRET, Device, Launch
 
-MODULES = ("dilated_attention", "flash_attention", "window_attention", "group_norm_silu")
+MODULES = (
+    "dilated_attention",
+    "flash_attention",
+    "window_attention",
+    "group_norm_silu",
+    "layer_norm_modulate",
+    "gated_residual",
+)
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
     "sm86": GPUTarget("cuda", 86, 32),

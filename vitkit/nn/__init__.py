@@ -1,26 +1,29 @@
 """Thin modules over vitkit's ops.
 
 Parameters have the names and shapes of the modules they stand in for, so a state_dict loads either
-way. ``attend`` and ``group_norm_silu`` are what a module's forward calls: the op where one of its
-kernels can run, torch's own functions where none can.
+way. ``attend``, ``group_norm_silu`` and ``layer_norm`` are what a module's forward calls: the op
+where one of its kernels can run, torch's own functions where none can.
 """
 
 from vitkit.nn.attention import Attention, AttentionPoolLatent
 from vitkit.nn.dilated import DilatedAttention
-from vitkit.nn.functional import attend, group_norm_silu, why_no_kernel
-from vitkit.nn.norm import GroupNorm, GroupNormSiLU
+from vitkit.nn.functional import attend, group_norm_silu, layer_norm, why_no_kernel
+from vitkit.nn.norm import AdaLayerNorm, GroupNorm, GroupNormSiLU, LayerNorm
 from vitkit.nn.window import WindowAttention, WindowAttentionV2, attend_windows
 
 __all__ = [
+    "AdaLayerNorm",
     "Attention",
     "AttentionPoolLatent",
     "DilatedAttention",
     "GroupNorm",
     "GroupNormSiLU",
+    "LayerNorm",
     "WindowAttention",
     "WindowAttentionV2",
     "attend",
     "attend_windows",
     "group_norm_silu",
+    "layer_norm",
     "why_no_kernel",
 ]
