@@ -292,4 +292,4 @@ def test_reasons(device):
         vitkit.layer_norm_modulate(x, backend=device)
     wide = torch.zeros(1, MAX_TRITON_WIDTH + 1, device=device)
     reason = vitkit.explain("layer_norm_modulate", wide).reasons["triton"]
-    assert "rows of up to 16384, got 16385" in reason
+    assert "rows of up to 8192, got 8193" in reason

@@ -35,8 +35,11 @@ VITKIT_INLINE void block_statistics(const T* x, int64_t n, float eps, float* mea
       [&](int64_t i, auto count) {
         for (int r = 0; r < R; ++r) a[r] += load_partial(x + r * n + i, count);
       });
-  for (int r = 0; r < R; ++r) mean[r] = reduce_add(a[r] + b[r]) / float(n);
+  float sums[R];
+  for (int r = 0; r < R; ++r) a[r] += b[r];
+  reduce_rows<R>(a, sums);
   f32v m[R];
+  for (int r = 0; r < R; ++r) mean[r] = sums[r] / float(n);
   for (int r = 0; r < R; ++r) {
     m[r] = splat(mean[r]);
     a[r] = b[r] = f32v{};
@@ -59,8 +62,9 @@ VITKIT_INLINE void block_statistics(const T* x, int64_t n, float eps, float* mea
           a[r] = fma(d, d, a[r]);
         }
       });
-  for (int r = 0; r < R; ++r)
-    rstd[r] = 1.f / __builtin_sqrtf(reduce_add(a[r] + b[r]) / float(n) + eps);
+  for (int r = 0; r < R; ++r) a[r] += b[r];
+  reduce_rows<R>(a, sums);
+  for (int r = 0; r < R; ++r) rstd[r] = 1.f / __builtin_sqrtf(sums[r] / float(n) + eps);
 }
 
 // A row longer than a chunk of the first-level cache.
@@ -124,46 +128,77 @@ struct Token {
   }
 };
 
-template <typename T, typename M, bool kToken, bool kAffine>
-VITKIT_INLINE void write_row(const T* x, T* y, int64_t n, float mean, float rstd, Affine affine,
-                             Token<M> token) {
+// xhat = x * factor + term. bfloat16 values far from 0 lie apart accordingly: what the product's
+// rounding costs is far below theirs, so that xhat may be one multiply-add. Others are centred
+// first.
+template <typename T>
+VITKIT_INLINE f32v normalised(f32v x, f32v mean, f32v rstd, f32v term) {
+  if constexpr (std::is_same_v<T, bf16>) return fma(x, rstd, term);
+  return (x - mean) * rstd;
+}
+
+// R rows side by side, so that gain and offset are read once for all of them.
+template <typename T, typename M, bool kToken, bool kAffine, int R>
+VITKIT_INLINE void write_block(const LayerNormForward& p, int64_t row, Affine affine) {
   constexpr bool kSplit = kIsSplit<T, M>;
-  const f32v m = splat(mean), s = splat(rstd);
+  const int64_t n = p.shape.width;
+  const T* x = at<T>(p.x, row * n);
+  T* y = at<T>(p.y, row * n);
+  f32v mean[R], rstd[R], term[R];
+  Token<M> token[R];
+  for (int r = 0; r < R; ++r) {
+    mean[r] = splat(p.mean[row + r]);
+    rstd[r] = splat(p.rstd[row + r]);
+    term[r] = -mean[r] * rstd[r];
+    if constexpr (kToken) token[r] = token[r].of(p.shape, row + r);
+  }
   each_pair(
       n,
       [&](int64_t i) {
-        f32v u, v;
-        load_pair<kSplit>(x + i, u, v);
-        u = (u - m) * s;
-        v = (v - m) * s;
+        f32v gain = {}, hain = {}, offset = {}, pffset = {};
         if constexpr (kAffine) {
-          u = fma(u, load(affine.gain + i), load(affine.offset + i));
-          v = fma(v, load(affine.gain + i + kLanes), load(affine.offset + i + kLanes));
+          gain = load(affine.gain + i);
+          hain = load(affine.gain + i + kLanes);
+          offset = load(affine.offset + i);
+          pffset = load(affine.offset + i + kLanes);
         }
-        if constexpr (kToken) {
-          f32v p, q;
-          if (token.scale != nullptr) {
-            load_pair<kSplit>(token.scale + i, p, q);
-            u = fma(u, p, u);
-            v = fma(v, q, v);
+        for (int r = 0; r < R; ++r) {
+          f32v u, v;
+          load_pair<kSplit>(x + r * n + i, u, v);
+          u = normalised<T>(u, mean[r], rstd[r], term[r]);
+          v = normalised<T>(v, mean[r], rstd[r], term[r]);
+          if constexpr (kAffine) {
+            u = fma(u, gain, offset);
+            v = fma(v, hain, pffset);
           }
-          if (token.shift != nullptr) {
-            load_pair<kSplit>(token.shift + i, p, q);
-            u += p;
-            v += q;
+          if constexpr (kToken) {
+            f32v s, t;
+            if (token[r].scale != nullptr) {
+              load_pair<kSplit>(token[r].scale + i, s, t);
+              u = fma(u, s, u);
+              v = fma(v, t, v);
+            }
+            if (token[r].shift != nullptr) {
+              load_pair<kSplit>(token[r].shift + i, s, t);
+              u += s;
+              v += t;
+            }
           }
+          store_pair<kSplit>(y + r * n + i, u, v);
         }
-        store_pair<kSplit>(y + i, u, v);
       },
       [&](int64_t i, auto count) {
-        f32v u = (load_partial(x + i, count) - m) * s;
-        if constexpr (kAffine)
-          u = fma(u, load_partial(affine.gain + i, count), load_partial(affine.offset + i, count));
-        if constexpr (kToken) {
-          if (token.scale != nullptr) u = fma(u, load_partial(token.scale + i, count), u);
-          if (token.shift != nullptr) u += load_partial(token.shift + i, count);
+        for (int r = 0; r < R; ++r) {
+          f32v u = normalised<T>(load_partial(x + r * n + i, count), mean[r], rstd[r], term[r]);
+          if constexpr (kAffine)
+            u = fma(u, load_partial(affine.gain + i, count),
+                    load_partial(affine.offset + i, count));
+          if constexpr (kToken) {
+            if (token[r].scale != nullptr) u = fma(u, load_partial(token[r].scale + i, count), u);
+            if (token[r].shift != nullptr) u += load_partial(token[r].shift + i, count);
+          }
+          store_partial(y + r * n + i, u, count);
         }
-        store_partial(y + i, u, count);
       });
 }
 
@@ -178,18 +213,20 @@ void forward_rows(const LayerNormForward& p, int64_t begin, int64_t end) {
     if (kAffine && segment != prepared) fill_affine<kIsSplit<T, M>>(s, segment, affine);
     prepared = segment;
     const int64_t left = (stop < end ? stop : end) - row;
-    const int64_t count = by_blocks && left >= kBlock ? kBlock : 1;
     const T* x = at<T>(p.x, row * n);
-    if (count == kBlock) {
-      block_statistics<T, kBlock>(x, n, p.eps, p.mean + row, p.rstd + row);
-    } else if (n <= kStatisticsChunk) {
-      block_statistics<T, 1>(x, n, p.eps, p.mean + row, p.rstd + row);
-    } else {
-      long_statistics(x, n, p.eps, p.mean + row, p.rstd + row);
+    float *mean = p.mean + row, *rstd = p.rstd + row;
+    if (by_blocks && left >= kBlock) {
+      block_statistics<T, kBlock>(x, n, p.eps, mean, rstd);
+      write_block<T, M, kToken, kAffine, kBlock>(p, row, affine);
+      row += kBlock;
+      continue;
     }
-    for (int64_t r = 0; r < count; ++r, ++row)
-      write_row<T, M, kToken, kAffine>(x + r * n, at<T>(p.y, row * n), n, p.mean[row], p.rstd[row],
-                                       affine, Token<M>{}.of(s, row));
+    if (n <= kStatisticsChunk) {
+      block_statistics<T, 1>(x, n, p.eps, mean, rstd);
+    } else {
+      long_statistics(x, n, p.eps, mean, rstd);
+    }
+    write_block<T, M, kToken, kAffine, 1>(p, row++, affine);
   }
 }
 
@@ -210,7 +247,7 @@ VITKIT_INLINE void sum_block(const LayerNormBackward& p, int64_t row, Affine aff
   const LayerNormShape& s = p.shape;
   const int64_t n = s.width;
   const T *x = at<T>(p.x, row * n), *grad = at<T>(p.grad, row * n);
-  f32v mean[R], rstd[R], a[R] = {}, b[R] = {};
+  f32v mean[R], rstd[R], a[2 * R] = {}, *const b = a + R;
   Token<M> token[R];
   for (int r = 0; r < R; ++r) {
     mean[r] = splat(p.mean[row + r]);
@@ -290,9 +327,11 @@ VITKIT_INLINE void sum_block(const LayerNormBackward& p, int64_t row, Affine aff
           }
         }
       });
+  float means[2 * R];
+  reduce_rows<2 * R>(a, means);
   for (int r = 0; r < R; ++r) {
-    c1[r] = reduce_add(a[r]) / float(n);
-    c2[r] = reduce_add(b[r]) / float(n);
+    c1[r] = means[r] / float(n);
+    c2[r] = means[R + r] / float(n);
   }
 }
 

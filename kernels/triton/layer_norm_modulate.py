@@ -28,21 +28,19 @@ class Tile:
     reason: str
 
 
-# One row per class of width; the last serves all wider ones.
 TILES = (
     Tile(128, 16, 4, "2048 elements, 16 a thread: Swin's 96 needs many rows to fill a program"),
     Tile(512, 4, 4, "2048 elements, 16 a thread: a warp or less a row, sums by shuffles"),
     Tile(2048, 1, 4, "a row of ViT-B, DiT-XL: 16 a thread at most, 16-byte loads of bfloat16"),
-    Tile(4096, 1, 8, "16 a thread; the sums of a row cross warps either way"),
-    Tile(1 << 30, 1, 8, "64 a thread at 16384, the widest row there is"),
+    Tile(8192, 1, 8, "32 a thread at most; the sums of a row cross warps either way"),
 )
 # Of the gradient: x, grad and two sums a column are held at once.
 BACKWARD_TILES = (
     Tile(128, 8, 4, "1024 elements of x and of grad, 8 a thread of each"),
     Tile(512, 2, 4, "as for 128"),
     Tile(2048, 1, 4, "16 a thread of x, grad and of each sum"),
-    Tile(8192, 1, 8, "32 a thread at most of each: the widest that 8 warps hold without spills"),
-    Tile(1 << 30, 1, 16, "32 a thread at 16384, the widest row there is"),
+    Tile(4096, 1, 8, "16 a thread of each, as above"),
+    Tile(8192, 1, 16, "likewise; at 16384 even 16 warps spill, which is why rows end here"),
 )
 # Rows of a part of the gradient, and parts of a segment at most: enough programs for every
 # multiprocessor from ViT's batches on, while the partial sums stay a few percent of the traffic.
@@ -286,5 +284,5 @@ def aot_specs() -> list[AotSpec]:
         spec("vit_b_norm", (8, 197, 768), "none", True),
         spec("dit_xl_norm", (8, 256, 1152), "sample", False),
         spec("wan_token_norm", (1, 1024, 1536), "token", False),
-        spec("widest_norm", (2, 64, 16384), "none", True),
+        spec("widest_norm", (2, 64, 8192), "none", True),
     ]

@@ -28,8 +28,8 @@ from vitkit._checks import (
 )
 
 NAME = "layer_norm_modulate"
-# A Triton program holds a whole row in registers: 64 a thread at 8 warps.
-MAX_TRITON_WIDTH = 16384
+# A Triton program holds whole rows in registers, its gradient six of them.
+MAX_TRITON_WIDTH = 8192
 _memo = _library.Memo()
 
 

@@ -79,6 +79,32 @@ VITKIT_INLINE void join_pairs(float* row, int64_t n) {
   }
 }
 
+// The sums of R vectors. Four at once take a third of the instructions of four times one; fewer
+// take the same steps, so that a row has one result whatever it is summed beside.
+template <int R>
+VITKIT_INLINE void reduce_rows(const f32v* v, float* sums) {
+#if defined(__AVX2__) && VITKIT_SIMD_LANES >= 8
+  for (int first = 0; first < R; first += 4) {
+    __m256 h[4] = {};
+    for (int r = 0; r < 4 && first + r < R; ++r) {
+#if VITKIT_SIMD_LANES == 8
+      h[r] = __m256(v[first + r]);
+#else
+      __m256 halves[2];
+      std::memcpy(halves, v + first + r, sizeof(halves));
+      h[r] = _mm256_add_ps(halves[0], halves[1]);
+#endif
+    }
+    const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(h[0], h[1]), _mm256_hadd_ps(h[2], h[3]));
+    float four[4];
+    _mm_storeu_ps(four, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+    for (int r = 0; r < 4 && first + r < R; ++r) sums[first + r] = four[r];
+  }
+#else
+  for (int r = 0; r < R; ++r) sums[r] = reduce_add(v[r]);
+#endif
+}
+
 // f(a null pointer of the element type)
 template <typename F>
 VITKIT_INLINE void with_element(NormElement element, const F& f) {
