@@ -9,6 +9,7 @@ Nothing is loaded or probed at import: the first call that needs a library loads
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import itertools
 import os
 import sys
@@ -293,6 +294,14 @@ def rows_are_readable(t: torch.Tensor, x: torch.Tensor) -> bool:
 def readable_rows(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """t as :func:`rows_are_readable` wants it."""
     return (t if t.dtype in (x.dtype, torch.float32) else t.float()).contiguous()
+
+
+def signature_read_once(function: type) -> type:
+    """Decorates an ``autograd.Function``: torch binds the arguments of every call to the signature
+    of its ``forward``, and reading that anew costs more than a small kernel."""
+    forward: Any = function.forward  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(forward)
+    return function
 
 
 def vmap_by_loop(

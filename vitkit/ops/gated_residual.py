@@ -85,6 +85,7 @@ _library.define(
 _FWD = torch.ops.vitkit.gated_residual_fwd.default
 
 
+@_library.signature_read_once
 class _GatedResidual(torch.autograd.Function):
     @staticmethod
     def forward(x, y, gate, overload):

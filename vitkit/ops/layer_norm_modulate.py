@@ -112,6 +112,7 @@ _library.define(f"{NAME}_bwd", _BWD_SCHEMA, fake=_bwd_fake, triton=_bwd_triton, 
 _FWD = torch.ops.vitkit.layer_norm_modulate_fwd.default
 
 
+@_library.signature_read_once
 class _LayerNormModulate(torch.autograd.Function):
     @staticmethod
     def forward(x, shift, scale, weight, bias, eps, overload):
