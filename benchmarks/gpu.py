@@ -65,6 +65,8 @@ OP_TESTS = [
     "tests/test_group_norm_silu.py",
     "tests/test_window_attention.py",
     "tests/test_dilated_attention.py",
+    "tests/test_layer_norm_modulate.py",
+    "tests/test_gated_residual.py",
     "tests/test_score_bias.py",
     "tests/test_swiglu.py",
     "tests/test_geglu.py",

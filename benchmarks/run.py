@@ -26,6 +26,8 @@ OPS = (
     "geglu",
     "gelu",
     "rope_2d",
+    "layer_norm_modulate",
+    "gated_residual",
 )
 STDOUT = Path("-")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from vitkit.benchmarks.cases import (
     dilated_attention,
     flash_attention,
+    gated_residual,
     geglu,
     gelu,
     group_norm_silu,
+    layer_norm_modulate,
     rope_2d,
     swiglu,
     window_attention,
@@ -25,6 +28,8 @@ MODULES = (
     flash_attention,
     window_attention,
     dilated_attention,
+    layer_norm_modulate,
+    gated_residual,
     swiglu,
     geglu,
     gelu,

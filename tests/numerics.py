@@ -74,3 +74,17 @@ def eager_group_norm(
     if shift is not None:
         h = h + shift.view(shape)
     return F.silu(h) if silu else h
+
+
+def eager_layer_norm(x, shift=None, scale=None, weight=None, bias=None, eps=1e-6):
+    """LayerNorm and its modulation in the dtype of x, op by op, as a host model computes them."""
+    cast = [t.to(x.dtype) if t is not None else None for t in (shift, scale, weight, bias)]
+    shift, scale, weight, bias = cast
+    h = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+    def spread(t):
+        return t if t.dim() == x.dim() else t.view(len(x), *(1,) * (x.dim() - 2), x.shape[-1])
+
+    if scale is not None:
+        h = h * (1 + spread(scale))
+    return h if shift is None else h + spread(shift)

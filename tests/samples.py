@@ -112,6 +112,28 @@ def _group_norm(
     return make
 
 
+def _layer_norm(shape=(2, 5, 12), modulation=None, affine=True):
+    def make(device, dtype):
+        torch.manual_seed(0)
+        tensors = {"x": _randn(device, dtype, *shape)}
+        if modulation is not None:
+            tensors |= {name: _randn(device, dtype, *modulation) for name in ("shift", "scale")}
+        if affine:
+            tensors |= {name: _randn(device, dtype, shape[-1]) for name in ("weight", "bias")}
+        return tensors, {}
+
+    return make
+
+
+def _gated_residual(gate):
+    def make(device, dtype):
+        torch.manual_seed(0)
+        shapes = {"x": (2, 5, 12), "y": (2, 5, 12), "gate": gate}
+        return {name: _randn(device, dtype, *shape) for name, shape in shapes.items()}, {}
+
+    return make
+
+
 def _window(height=5, width=7, window=(3, 3), cosine=False, **options):
     def make(device, dtype):
         torch.manual_seed(0)
@@ -202,6 +224,9 @@ SAMPLES = [
     Sample("geglu", "separate_tanh", _gated(separate=True, approximate="tanh")),
     Sample("gelu", "channels_last", _gelu(channels_last=True)),
     Sample("gelu", "tanh", _gelu(approximate="tanh")),
+    Sample("gated_residual", "sample", _gated_residual((2, 12))),
+    Sample("gated_residual", "token", _gated_residual((2, 5, 12))),
+    Sample("gated_residual", "layer_scale", _gated_residual((12,))),
     Sample("group_norm_silu", "affine", _group_norm()),
     Sample(
         "group_norm_silu", "plain_without_activation", _group_norm(affine=False, activation=None)
@@ -213,6 +238,9 @@ SAMPLES = [
     Sample("rope_2d", "tables_of_heads", _rope((2, 7, 2, 6), layout="interleaved")),
     Sample("swiglu", "packed", _gated()),
     Sample("swiglu", "separate", _gated(separate=True)),
+    Sample("layer_norm_modulate", "plain", _layer_norm()),
+    Sample("layer_norm_modulate", "sample", _layer_norm(modulation=(2, 12), affine=False)),
+    Sample("layer_norm_modulate", "token", _layer_norm(modulation=(2, 5, 12))),
     Sample("window_attention", "shifted", _window(shift_size=(1, 2))),
     Sample("window_attention", "cosine", _window(cosine=True, padding="roll_then_pad")),
 ]

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+
 from vitkit.benchmarks import gpu, report, run
 from vitkit.benchmarks.cases import dilated_attention
 from vitkit.benchmarks.harness import (

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import DTYPES, assert_parity, double, gradients
-from vitkit.benchmarks.harness import peak_bytes
 
 import vitkit
+from vitkit.benchmarks.harness import peak_bytes
 from vitkit.ops.dilated_attention import reference
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

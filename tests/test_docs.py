@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from vitkit.benchmarks import report
 
 import vitkit
+from vitkit.benchmarks import report
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = [
     "vitkit.backends",
     "vitkit.ops.dilated_attention",
     "vitkit.ops.flash_attention",
+    "vitkit.ops.gated_residual",
     "vitkit.ops.group_norm_silu",
+    "vitkit.ops.layer_norm_modulate",
     "vitkit.ops.window_attention",
     "vitkit.nn.attention",
     "vitkit.nn.dilated",

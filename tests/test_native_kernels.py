@@ -28,6 +28,8 @@ KERNELS = {
     "gated_activation": ("gated_activation_kernel.cpp",),
     "group_norm_silu": ("group_norm_silu_kernel.cpp", "scratch.cpp"),
     "rope_2d": ("rope_2d_kernel.cpp",),
+    "layer_norm_modulate": ("layer_norm_modulate_kernel.cpp", "scratch.cpp"),
+    "gated_residual": ("gated_residual_kernel.cpp", "scratch.cpp"),
     "window_attention": ("window_attention_kernel.cpp", "window_attention_bwd_kernel.cpp"),
 }
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -172,6 +174,18 @@ MUTANTS = {
     "the prefix shifts the angles": (
         "rope_2d", "avx512-emulated", "rope_2d_kernel.cpp", "(n - p.prefix) * table",
         "n * table",
+    ),
+    "split pairs are not put back in order": (
+        "layer_norm_modulate", "avx512-emulated", "layer_norm_modulate_kernel.cpp",
+        "join_pairs(sums.dz_xhat, n);\n", "",
+    ),
+    "a block of rows has the statistics of its first": (
+        "layer_norm_modulate", "avx512-emulated", "layer_norm_modulate_kernel.cpp",
+        "m[r] = splat(mean[r])", "m[r] = splat(mean[0])",
+    ),
+    "gates of the first segment serve all": (
+        "gated_residual", "avx512-emulated", "gated_residual_kernel.cpp",
+        "if (segment != prepared)", "if (prepared < 0)",
     ),
 }  # fmt: skip
 

@@ -26,6 +26,8 @@ CALLS = (
     "gigapath_10k",
     "unet_64px_nhwc",
     "vae_512px",
+    "dit_xl_norm",
+    "dit_xl_gate",
 )
 ARCHITECTURES = ("sm80", "sm90", "sm100", "hip")
 # Bytes of shared memory (LDS) of one block: CUDA C++ programming guide, compute capabilities;
@@ -83,6 +85,12 @@ def test_every_kernel_is_compiled(rows):
         "window_dtable_sum_kernel",
         "attention_drel_kernel",
     } <= kernels
+    assert {
+        "layer_norm_fwd_kernel",
+        "layer_norm_bwd_kernel",
+        "gated_residual_fwd_kernel",
+        "gated_residual_bwd_kernel",
+    } <= kernels
     assert len([k for k in kernels if k.startswith("group_norm")]) >= 4, kernels
 
 
@@ -96,6 +104,7 @@ def attention_tables():
 
 def test_every_head_dim_has_a_tile_on_every_architecture():
     import torch
+
     from vitkit.kernels import _tiles as tiles
     from vitkit.kernels._primitives import Device
 
@@ -164,7 +173,8 @@ def test_dilated_attention_gathers_nothing():
 
 def test_rows_give_reasons():
     from vitkit.kernels import _tiles as tiles
+    from vitkit.kernels import layer_norm_modulate as norm
 
-    for table in (*attention_tables(), tiles.WINDOW_BACKWARD):
+    for table in (*attention_tables(), tiles.WINDOW_BACKWARD, norm.TILES, norm.BACKWARD_TILES):
         for row in table:
             assert len(row.reason) > 12, row

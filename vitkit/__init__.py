@@ -9,9 +9,11 @@ from vitkit._version import __version__
 from vitkit.backends import explain
 from vitkit.ops.dilated_attention import dilated_attention
 from vitkit.ops.flash_attention import flash_attention
+from vitkit.ops.gated_residual import gated_residual
 from vitkit.ops.geglu import geglu
 from vitkit.ops.gelu import gelu
 from vitkit.ops.group_norm_silu import group_norm_silu
+from vitkit.ops.layer_norm_modulate import layer_norm_modulate
 from vitkit.ops.rope_2d import rope_2d
 from vitkit.ops.swiglu import swiglu
 from vitkit.ops.window_attention import window_attention
@@ -26,10 +28,12 @@ __all__ = [
     "dilated_attention",
     "explain",
     "flash_attention",
+    "gated_residual",
     "geglu",
     "gelu",
     "group_norm_silu",
     "is_patched",
+    "layer_norm_modulate",
     "patch",
     "patched",
     "rope_2d",

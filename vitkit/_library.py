@@ -9,6 +9,8 @@ Nothing is loaded or probed at import: the first call that needs a library loads
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -278,6 +280,28 @@ def distinct(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
             seen.append(t)
         result.append(t)
     return tuple(result)
+
+
+def rows_are_readable(t: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether kernels read the modulation t of x as it is: dense rows one stride apart and, where
+    it has a value per token, in float32 or the dtype of x."""
+    dense = t.shape[-1] == 1 or t.stride(-1) == 1
+    outer = [(t.shape[d], t.stride(d)) for d in range(t.dim() - 1) if t.shape[d] != 1]
+    regular = all(a[1] == b[0] * b[1] for a, b in itertools.pairwise(outer))
+    return dense and regular and (t.dim() < x.dim() or t.dtype in (x.dtype, torch.float32))
+
+
+def readable_rows(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """t as :func:`rows_are_readable` wants it."""
+    return (t if t.dtype in (x.dtype, torch.float32) else t.float()).contiguous()
+
+
+def signature_read_once(function: type) -> type:
+    """Decorates an ``autograd.Function``: torch binds the arguments of every call to the signature
+    of its ``forward``, and reading that anew costs more than a small kernel."""
+    forward: Any = function.forward  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(forward)
+    return function
 
 
 def vmap_by_loop(

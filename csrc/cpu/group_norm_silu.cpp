@@ -56,19 +56,6 @@ struct Inputs {
   }
 };
 
-NormElement element_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return NormElement::f32;
-    case ScalarType::BFloat16:
-      return NormElement::bf16;
-    case ScalarType::Half:
-      return NormElement::f16;
-    default:
-      STD_TORCH_CHECK(false, kOp, ": x must be float32, bfloat16 or float16");
-  }
-}
-
 // Whether x lies as [N, *, C]; a tensor that is neither that nor contiguous is an error.
 bool is_channels_last(const char* arg, const Tensor& x) {
   if (x.is_contiguous()) return false;
@@ -96,7 +83,7 @@ Inputs read_inputs(const Tensor& x, int64_t num_groups, const std::optional<Tens
                   ": num_groups must be at least 1 and divide C = ", c, ", got ", num_groups);
   STD_TORCH_CHECK(eps >= 0, kOp, ": eps must be >= 0, got ", eps);
   Inputs in;
-  in.shape = {element_of(x),
+  in.shape = {norm_element(kOp, "x", x),
               n,
               c,
               n == 0 ? 0 : x.numel() / (n * c),

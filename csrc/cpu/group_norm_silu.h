@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-namespace vitkit::cpu {
+#include "norm/element.h"
 
-enum class NormElement { f32, bf16, f16 };
+namespace vitkit::cpu {
 
 struct GroupNormShape {
   NormElement element;

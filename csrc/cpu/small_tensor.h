@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "check.h"
+#include "norm/element.h"
 
 namespace vitkit::cpu {
 
@@ -25,6 +26,33 @@ void with_element_type(const char* op, const char* arg, const Tensor& t, const F
     default:
       STD_TORCH_CHECK(false, op, ": ", arg, " must be float32, bfloat16 or float16");
   }
+}
+
+inline NormElement norm_element(const char* op, const char* arg, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return NormElement::f32;
+    case ScalarType::BFloat16:
+      return NormElement::bf16;
+    case ScalarType::Half:
+      return NormElement::f16;
+    default:
+      STD_TORCH_CHECK(false, op, ": ", arg, " must be float32, bfloat16 or float16");
+  }
+}
+
+// t as rows of its last dimension, which must be dense, the rows one stride apart.
+inline Rows rows_of(const char* op, const char* arg, const Tensor& t) {
+  check_last_dim_dense(op, arg, t);
+  int64_t stride = 0, rows = 1;
+  for (int64_t d = t.dim() - 2; d >= 0 && t.numel() > 0; --d) {
+    if (t.size(d) == 1) continue;
+    if (rows == 1) stride = t.stride(d);
+    STD_TORCH_CHECK(t.stride(d) == rows * stride, op, ": ", arg,
+                    " must have rows one stride apart");
+    rows *= t.size(d);
+  }
+  return {t.const_data_ptr(), norm_element(op, arg, t), stride};
 }
 
 // The values of a tensor of rank 1 or 2 in row-major order, whatever its strides; empty if absent.

@@ -36,6 +36,8 @@ MODULES = (
     "group_norm_silu",
     "gated_activation",
     "rope_2d",
+    "layer_norm_modulate",
+    "gated_residual",
 )
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),

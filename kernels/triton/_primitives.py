@@ -140,6 +140,13 @@ def token_strides(*tensors: torch.Tensor) -> tuple[int, list[tuple[int, int, int
     return unit, [(b // unit, h // unit, n // unit) for b, h, n in triples]
 
 
+def row_stride(t: torch.Tensor | None) -> int:
+    """Elements between neighbouring rows of a tensor whose rows lie one stride apart; 0 if there is
+    one row only."""
+    outer = [] if t is None else [t.stride(d) for d in range(t.dim() - 1) if t.shape[d] != 1]
+    return outer[-1] if outer else 0
+
+
 def next_power_of_2(n: int) -> int:
     """Smallest power of two >= n, at least 1."""
     return 1 << max(n - 1, 0).bit_length()

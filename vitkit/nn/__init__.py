@@ -1,26 +1,28 @@
 """Thin modules over vitkit's ops.
 
 Parameters have the names and shapes of the modules they stand in for, so a state_dict loads either
-way. ``attend`` and ``group_norm_silu`` are what a module's forward calls: the op where one of its
-kernels can run, torch's own functions where none can.
+way. ``attend``, ``group_norm_silu`` and ``layer_norm`` are what a module's forward calls: the op
+where one of its kernels can run, torch's own functions where none can.
 """
 
 from vitkit.nn.attention import Attention, AttentionPoolLatent
 from vitkit.nn.dilated import DilatedAttention
-from vitkit.nn.functional import attend, group_norm_silu, why_no_kernel
+from vitkit.nn.functional import attend, group_norm_silu, layer_norm, why_no_kernel
 from vitkit.nn.mlp import GEGLU, GELU, SwiGLU, SwiGLUPacked, geglu, gelu, swiglu
-from vitkit.nn.norm import GroupNorm, GroupNormSiLU
+from vitkit.nn.norm import AdaLayerNorm, GroupNorm, GroupNormSiLU, LayerNorm
 from vitkit.nn.rope import RotaryEmbedding2d, rotate
 from vitkit.nn.window import WindowAttention, WindowAttentionV2, attend_windows
 
 __all__ = [
     "GEGLU",
     "GELU",
+    "AdaLayerNorm",
     "Attention",
     "AttentionPoolLatent",
     "DilatedAttention",
     "GroupNorm",
     "GroupNormSiLU",
+    "LayerNorm",
     "RotaryEmbedding2d",
     "SwiGLU",
     "SwiGLUPacked",
@@ -31,6 +33,7 @@ __all__ = [
     "geglu",
     "gelu",
     "group_norm_silu",
+    "layer_norm",
     "rotate",
     "swiglu",
     "why_no_kernel",

@@ -14,6 +14,11 @@ from vitkit import _library, backends
 from vitkit._checks import NATIVE_FLOATING, name_of
 from vitkit.ops import flash_attention as _attention
 from vitkit.ops import group_norm_silu as _norm
+from vitkit.ops import layer_norm_modulate as _layer_norm
+
+# Elements below which torch's LayerNorm is the faster one on a CPU, of float32 and of narrower
+# types (docs/performance.md).
+SMALL_LAYER_NORM = (1 << 16, 1 << 14)
 
 _reasons: dict[tuple[str, str, torch.dtype, int | None], str | None] = {}
 
@@ -110,3 +115,39 @@ def group_norm_silu(
     if shift is not None:
         x = x + shift.view(per_channel)
     return F.silu(x) if activation == "silu" else x
+
+
+def layer_norm(
+    norm: torch.nn.LayerNorm,
+    x: torch.Tensor,  # [B, *, E]
+    *,
+    shift: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``vitkit.layer_norm_modulate`` with the parameters, and on the backend, of ``norm``."""
+    modulated = shift is not None or scale is not None
+    if not (_on_torch(_layer_norm.NAME, norm, x) or _is_small(norm, x, modulated)):
+        return _layer_norm.layer_norm_modulate(
+            x,
+            shift=shift,
+            scale=scale,
+            weight=norm.weight,
+            bias=norm.bias,
+            eps=norm.eps,
+            backend=_backend(norm),
+        )
+    x = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    tokens = (x.shape[0], *(1,) * (x.dim() - 2), x.shape[-1])
+    if scale is not None:
+        x = x * (1 + (scale if scale.dim() == x.dim() else scale.view(tokens)))
+    if shift is not None:
+        x = x + (shift if shift.dim() == x.dim() else shift.view(tokens))
+    return x
+
+
+def _is_small(norm: torch.nn.Module, x: torch.Tensor, modulated: bool) -> bool:
+    """Whether calling an operator of one's own costs more than its kernel saves: torch's own
+    LayerNorm is called without leaving C++."""
+    if modulated or _backend(norm) != "auto" or backends.DEFAULT != "auto" or not x.is_cpu:
+        return False
+    return x.numel() < SMALL_LAYER_NORM[x.dtype != torch.float32]

@@ -19,7 +19,16 @@ def _gelu(module: torch.nn.GELU) -> Replacement:
     )
 
 
+def _layer_norm(module: torch.nn.LayerNorm) -> Replacement | str:
+    if len(module.normalized_shape) != 1:
+        return (
+            f"it normalises over {len(module.normalized_shape)} dimensions, kernels over the last"
+        )
+    return Replacement("layer_norm_modulate (no modulation)", (swap_class(module, nn.LayerNorm),))
+
+
 RULES = [
     Rule(torch.nn.GroupNorm, "group_norm_silu", _group_norm),
     Rule(torch.nn.GELU, "gelu", _gelu),
+    Rule(torch.nn.LayerNorm, "layer_norm_modulate", _layer_norm),
 ]

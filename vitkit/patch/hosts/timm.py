@@ -12,6 +12,7 @@ from vitkit import nn
 from vitkit.nn.attention import pool_latent, project, self_attention
 from vitkit.nn.rope import rotate
 from vitkit.patch.hosts.timm_mlp import RULES as MLP_RULES
+from vitkit.patch.hosts.timm_norms import RULES as NORM_RULES
 from vitkit.patch.hosts.timm_swin import RULES as SWIN_RULES
 from vitkit.patch.rules import Replacement, Rule, swap_class, watched
 
@@ -137,4 +138,5 @@ RULES = [
     ),
     *SWIN_RULES,
     *MLP_RULES,
+    *NORM_RULES,
 ]
