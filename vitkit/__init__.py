@@ -10,6 +10,8 @@ from vitkit.backends import explain
 from vitkit.ops.dilated_attention import dilated_attention
 from vitkit.ops.flash_attention import flash_attention
 from vitkit.ops.group_norm_silu import group_norm_silu
+from vitkit.ops.patch_embed import patch_embed
+from vitkit.ops.patch_embed_packed import patch_embed_packed
 from vitkit.ops.window_attention import window_attention
 from vitkit.patch import is_patched, patch, patched, unpatch
 from vitkit.score_bias import DecomposedBias, DistanceBias
@@ -25,6 +27,8 @@ __all__ = [
     "group_norm_silu",
     "is_patched",
     "patch",
+    "patch_embed",
+    "patch_embed_packed",
     "patched",
     "unpatch",
     "verify",

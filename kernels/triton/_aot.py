@@ -29,7 +29,15 @@ from triton.runtime.jit import create_function_from_signature
 
 from ._primitives import INTERPRET, Device, Launch
 
-MODULES = ("dilated_attention", "flash_attention", "window_attention", "group_norm_silu")
+MODULES = (
+    "dilated_attention",
+    "flash_attention",
+    "window_attention",
+    "group_norm_silu",
+    "patch_embed",
+)
+# A launch with one of these constants is one of a product.
+_PRODUCT = {"D0", "BLOCK_K"}
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
     "sm86": GPUTarget("cuda", 86, 32),
@@ -158,7 +166,7 @@ def table(archs: tuple[str, ...] = tuple(TARGETS), names: tuple[str, ...] = ()) 
             for arch in archs:
                 for launch in spec.launches(Device.typical(arch)):
                     facts = inspect(compile_launch(launch, arch), arch)
-                    expects = spec.matmul and "D0" in launch.constants
+                    expects = spec.matmul and not _PRODUCT.isdisjoint(launch.constants)
                     name = launch.kernel.__name__
                     yield Row(spec.name, name, arch, expects_matmul=expects, **facts)
 

@@ -7,8 +7,9 @@ kernels can run, torch's own functions where none can.
 
 from vitkit.nn.attention import Attention, AttentionPoolLatent
 from vitkit.nn.dilated import DilatedAttention
-from vitkit.nn.functional import attend, group_norm_silu, why_no_kernel
+from vitkit.nn.functional import attend, group_norm_silu, patch_embed, why_no_kernel
 from vitkit.nn.norm import GroupNorm, GroupNormSiLU
+from vitkit.nn.patch import PatchEmbed
 from vitkit.nn.window import WindowAttention, WindowAttentionV2, attend_windows
 
 __all__ = [
@@ -17,10 +18,12 @@ __all__ = [
     "DilatedAttention",
     "GroupNorm",
     "GroupNormSiLU",
+    "PatchEmbed",
     "WindowAttention",
     "WindowAttentionV2",
     "attend",
     "attend_windows",
     "group_norm_silu",
+    "patch_embed",
     "why_no_kernel",
 ]
