@@ -16,22 +16,27 @@ namespace {
 
 // Fewer patches than this in a block read every weight for too little work.
 constexpr int64_t kLeastRows = 24;
+constexpr int64_t kBlockBytes = 384 << 10;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Equal blocks, at least one for every thread. How the tokens are cut changes no result.
-int64_t block_rows(const PatchKernels& kernels, int64_t tokens, int64_t threads) {
-  int64_t blocks = divide_up(tokens, kernels.most_rows);
-  const int64_t wanted = std::min(threads, divide_up(tokens, kLeastRows));
+// Equal blocks, at least one for every thread, whose patches and sums stay in a 512 KiB cache. How
+// the tokens are cut changes no result.
+int64_t block_rows(const PatchKernels& kernels, const PatchEmbed& in, int64_t threads) {
+  const int64_t row_bytes = (in.depth + in.embed) * int64_t(sizeof(float));
+  const int64_t most = std::clamp(kBlockBytes / row_bytes, kLeastRows, kernels.most_rows);
+  int64_t blocks = divide_up(in.tokens(), most);
+  const int64_t wanted = std::min(threads, divide_up(in.tokens(), kLeastRows));
   if (blocks < 4 * wanted) blocks = divide_up(blocks, wanted) * wanted;
-  return divide_up(divide_up(tokens, blocks), kernels.row_step) * kernels.row_step;
+  return divide_up(divide_up(in.tokens(), blocks), kernels.row_step) * kernels.row_step;
 }
 
 void run(const PatchArguments& arguments, const Tensor& like, Tensor& out) {
   const PatchEmbed& in = arguments.in;
   prefer_huge_pages(out.mutable_data_ptr(), out.numel() * int64_t(out.element_size()));
   const PatchKernels& kernels = patch_embed_kernels();
-  const int64_t panels = kernels.weight_panels(in), threads = threads_for(arguments.product_flops());
+  const int64_t panels = kernels.weight_panels(in),
+                threads = threads_for(arguments.product_flops());
   const auto bytes = int64_t(kernels.weight_bytes(in));
   Tensor weights = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
   // A panel has at most 64 columns.
@@ -42,7 +47,7 @@ void run(const PatchArguments& arguments, const Tensor& like, Tensor& out) {
     kernels.pack_weight(in, weight_data, shift_data, panel, panel + 1);
   });
   const PatchForward p{in, static_cast<char*>(out.mutable_data_ptr()), weight_data, shift_data,
-                       block_rows(kernels, in.tokens(), threads)};
+                       block_rows(kernels, in, threads)};
   run_items(divide_up(in.tokens(), p.block_rows), threads, kernels.scratch_bytes(p),
             [&](int64_t block, void* scratch, int64_t) {
               kernels.forward(p, block, block + 1, scratch);

@@ -20,7 +20,15 @@ struct TokenRows {
 };
 
 // Columns of a row of `places`, one row per token of a packed call: what a dense call computes.
-enum PlaceColumn { kOrigin, kChannelStride, kRowStride, kRows, kColumns, kPositionRow, kPlaceColumns };
+enum PlaceColumn {
+  kOrigin,
+  kChannelStride,
+  kRowStride,
+  kRows,
+  kColumns,
+  kPositionRow,
+  kPlaceColumns
+};
 
 struct PatchEmbed {
   PatchElement pixels, type;  // of the images; of weight, tokens and gradients
@@ -40,9 +48,9 @@ struct PatchEmbed {
   float scale;
   const int64_t* order;  // null: the weight's own order
 
-  const char* weight;                     // [embed, depth]
-  const float* bias;                      // [embed] or null
-  const float *norm_weight, *norm_bias;   // [embed], without LayerNorm null
+  const char* weight;                    // [embed, depth]
+  const float* bias;                     // [embed] or null
+  const float *norm_weight, *norm_bias;  // [embed], without LayerNorm null
   float norm_eps;
   TokenRows position, prefix;
   bool position_of_prefix;  // the first rows of position are those of the prefix

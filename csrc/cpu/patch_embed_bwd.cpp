@@ -61,8 +61,7 @@ class Backward {
       p_.dimages = static_cast<char*>(dimages->mutable_data_ptr());
       float* panels = floats(int64_t(kernels_.rows_bytes(in) / sizeof(float)));
       p_.panels = panels;
-      each(in.embed, 0,
-           [&](int64_t i, void*) { kernels_.pack_weight_rows(in, panels, i, i + 1); });
+      each(in.embed, 0, [&](int64_t i, void*) { kernels_.pack_weight_rows(in, panels, i, i + 1); });
     }
     each(p_.row_parts, kernels_.gradient_scratch_bytes(p_),
          [&](int64_t i, void* scratch) { kernels_.gradient_rows(p_, i, i + 1, scratch); });
@@ -135,8 +134,7 @@ class Backward {
     return held_.back().mutable_data_ptr();
   }
   float* floats(int64_t count) {
-    return static_cast<float*>(
-        hold(torch::stable::new_empty(weight_, {count}, ScalarType::Float)));
+    return static_cast<float*>(hold(torch::stable::new_empty(weight_, {count}, ScalarType::Float)));
   }
 
   const PatchArguments& arguments_;

@@ -7,10 +7,10 @@
 namespace vitkit::cpu::VITKIT_ISA {
 namespace {
 
-constexpr int64_t kTileColumns = 256;   // of the weight's gradient in one item: elements of a patch
-constexpr int64_t kTileEmbed = 192;     // and rows; its sums stay in a 512 KiB cache
-constexpr int64_t kTokens = 128;        // patches gathered at a time
-constexpr int64_t kSumColumns = 64;     // of an item that sums a packed call's tokens
+constexpr int64_t kTileColumns = 256;  // of the weight's gradient in one item: elements of a patch
+constexpr int64_t kTileEmbed = 192;    // and rows; its sums stay in a 512 KiB cache
+constexpr int64_t kTokens = 128;       // patches gathered at a time
+constexpr int64_t kSumColumns = 64;    // of an item that sums a packed call's tokens
 
 VITKIT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 VITKIT_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -26,9 +26,7 @@ VITKIT_INLINE const T* grad_row(const PatchBackward& b, const Place& at) {
 
 // ---- gradients of the projection and of the images ----
 
-size_t rows_bytes(const PatchEmbed& p) {
-  return size_t(depth_stride(p) * p.embed) * sizeof(float);
-}
+size_t rows_bytes(const PatchEmbed& p) { return size_t(depth_stride(p) * p.embed) * sizeof(float); }
 
 // Panel by panel of a patch's elements, one row for each row of the weight.
 void pack_weight_rows(const PatchEmbed& p, float* panels, int64_t begin, int64_t end) {
@@ -211,8 +209,7 @@ void weight_item(const PatchBackward& b, int64_t item, const WeightScratch& s) {
   const PatchEmbed& p = b.in;
   const WeightTile tile(p, item);
   const int64_t stride = depth_stride(p);
-  float* sums =
-      b.dweight + (tile.part * round_rows(p.embed) + tile.e) * stride + tile.k;
+  float* sums = b.dweight + (tile.part * round_rows(p.embed) + tile.e) * stride + tile.k;
   float* dbias = tile.k == 0 ? b.dbias + tile.part * p.embed + tile.e : nullptr;
   if (dbias) std::memset(dbias, 0, size_t(tile.rows) * sizeof(float));
   const int64_t begin = p.tokens() * tile.part / b.parts;
@@ -311,11 +308,21 @@ void sum_rows(const PatchBackward& b, int64_t begin, int64_t end) {
 }  // namespace
 
 const PatchBackwardKernels& patch_embed_bwd_kernels() {
-  static constexpr PatchBackwardKernels table{
-      float32_weight_panels, float32_weight_bytes,   pack_weight_float32, rows_bytes,
-      pack_weight_rows,      gradient_scratch_bytes, gradient_rows,       weight_tiles,
-      dweight_bytes,         weight_scratch_bytes,   weight_gradient,     finish_weight,
-      sum_rows,              kMostRows,              kSumColumns};
+  static constexpr PatchBackwardKernels table{float32_weight_panels,
+                                              float32_weight_bytes,
+                                              pack_weight_float32,
+                                              rows_bytes,
+                                              pack_weight_rows,
+                                              gradient_scratch_bytes,
+                                              gradient_rows,
+                                              weight_tiles,
+                                              dweight_bytes,
+                                              weight_scratch_bytes,
+                                              weight_gradient,
+                                              finish_weight,
+                                              sum_rows,
+                                              kMostRows,
+                                              kSumColumns};
   return table;
 }
 

@@ -185,8 +185,8 @@ const PatchKernels& patch_embed_kernels() {
 #else
   constexpr int64_t kStep = kTileRows;
 #endif
-  static constexpr PatchKernels table{weight_panels, weight_bytes, pack_weight, kMostRows, kStep,
-                                      scratch_bytes, forward};
+  static constexpr PatchKernels table{weight_panels, weight_bytes,  pack_weight, kMostRows,
+                                      kStep,         scratch_bytes, forward};
   return table;
 }
 

@@ -80,7 +80,9 @@ PatchArguments::PatchArguments(const char* op, const Tensor& images, const Tenso
   for (int64_t d = 2; d < dims; ++d)
     STD_TORCH_CHECK(images.size(d) > 0 && (pad || images.size(d) % weight.size(d) == 0), op,
                     ": images must be divisible by the patch");
-  const auto grid = [&](int64_t d) { return (images.size(d) + weight.size(d) - 1) / weight.size(d); };
+  const auto grid = [&](int64_t d) {
+    return (images.size(d) + weight.size(d) - 1) / weight.size(d);
+  };
   in.batch = images.size(0);
   in.size_frames = dims == 5 ? images.size(2) : 1;
   in.size_rows = images.size(-2);
@@ -94,8 +96,9 @@ PatchArguments::PatchArguments(const char* op, const Tensor& images, const Tenso
   in.frame_stride = dims == 5 ? images.stride(2) : 0;
   in.row_stride = images.stride(-2);
   if (images.size(-1) > 1 && images.stride(-1) != 1) {
-    STD_TORCH_CHECK((in.channels == 1 || in.channel_stride == 1) && images.stride(-1) == in.channels,
-                    op, ": images must have dense rows or dense pixels");
+    STD_TORCH_CHECK(
+        (in.channels == 1 || in.channel_stride == 1) && images.stride(-1) == in.channels, op,
+        ": images must have dense rows or dense pixels");
     order_by_pixel(in.channels);
   }
   in.prefixes = prefix_tokens ? prefix_tokens->size(0) : 0;
@@ -118,9 +121,9 @@ PatchArguments::PatchArguments(const char* op, const Tensor& pixels, const Tenso
   check_rank(op, "weight", weight, 4);
   check_rank(op, "places", places, 2);
   check_size(op, "places", places, 1, kPlaceColumns);
-  STD_TORCH_CHECK(places.scalar_type() == ScalarType::Long && places.is_contiguous() &&
-                      pixels.is_contiguous(),
-                  op, ": places must be int64, places and pixels contiguous");
+  STD_TORCH_CHECK(
+      places.scalar_type() == ScalarType::Long && places.is_contiguous() && pixels.is_contiguous(),
+      op, ": places must be int64, places and pixels contiguous");
   read_weight(op, pixels, weight);
   in.batch = 1;
   in.patches = places.size(0);
@@ -154,8 +157,7 @@ void PatchArguments::order_by_pixel(int64_t channels) {
   order_.reserve(size_t(in.depth));
   for (int64_t line = 0; line < lines; ++line)
     for (int64_t x = 0; x < columns; ++x)
-      for (int64_t c = 0; c < channels; ++c)
-        order_.push_back((c * lines + line) * columns + x);
+      for (int64_t c = 0; c < channels; ++c) order_.push_back((c * lines + line) * columns + x);
   in.order = order_.data();
   in.channels = 1;
   in.channel_stride = 0;
@@ -183,9 +185,9 @@ void PatchArguments::read_small(const char* op, const std::optional<Tensor>& bia
     STD_TORCH_CHECK(!mean && !std, op, ": mean and std must be None for floating images");
 }
 
-// (x / 255 - mean) / std = (x - centre) * factor * scale + offset. The centre is an integer, so that
-// x - centre is exact in every type; factors are at most 1, so that a weight times its factor stays
-// in the range of its type.
+// (x / 255 - mean) / std = (x - centre) * factor * scale + offset. The centre is an integer, so
+// that x - centre is exact in every type; factors are at most 1, so that a weight times its factor
+// stays in the range of its type.
 void PatchArguments::fold(const char* op, const Numbers& mean, const Numbers& std) {
   const auto size = size_t(colours_);
   const std::vector<double> means = mean ? *mean : std::vector<double>(size, 0.);

@@ -59,8 +59,8 @@ class Places {
 
   Place of_table() const {
     const int64_t* at = p_.places + token_ * kPlaceColumns;
-    return {at[kOrigin], at[kChannelStride], 0,     at[kRowStride], 1,
-            at[kRows],   at[kColumns],       at[kPositionRow], token_};
+    return {at[kOrigin],  at[kChannelStride], 0,     at[kRowStride], 1, at[kRows],
+            at[kColumns], at[kPositionRow],   token_};
   }
 
   const PatchEmbed& p_;
@@ -69,7 +69,8 @@ class Places {
 
 VITKIT_INLINE int64_t lines_of(const PatchEmbed& p) { return p.channels * p.frames * p.rows; }
 
-// f(line, offset of its first pixel, number of its pixels inside the image) for lines [first, last).
+// f(line, offset of its first pixel, number of its pixels inside the image) for lines [first,
+// last).
 template <typename F>
 VITKIT_INLINE void each_line(const PatchEmbed& p, const Place& at, int64_t first, int64_t last,
                              const F& f) {

@@ -1,5 +1,5 @@
-// The projection of patches in float32, for any element type: weights in panels (gemm.h), a block of
-// patches as rows, sums of a block in scratch, and what happens to a finished row.
+// The projection of patches in float32, for any element type: weights in panels (gemm.h), a block
+// of patches as rows, sums of a block in scratch, and what happens to a finished row.
 #pragma once
 
 #include "attention/arena.h"
@@ -40,37 +40,61 @@ VITKIT_INLINE void weight_row(const PatchEmbed& p, int64_t e, int64_t first, int
   });
 }
 
-// Columns j .. j + 7 of panel `panel`, from 8 rows of the weight.
-template <typename T>
-VITKIT_INLINE void pack_eight(const PatchEmbed& p, int64_t panel, int64_t j, float* dst,
-                              float* shift) {
-  constexpr int64_t kPiece = 64;
-  alignas(64) float rows[8][kPiece];
-  f32v sums[8] = {};
-  for (int64_t k = 0; k < p.depth; k += kPiece) {
-    const int64_t n = p.depth - k < kPiece ? p.depth - k : kPiece;
-    for (int r = 0; r < 8; ++r) {
-      const int64_t e = panel * kPanel + j + r;
-      if (e < p.embed)
-        weight_row<T>(p, e, k, n, rows[r], &sums[r]);
-      else
-        std::memset(rows[r], 0, sizeof(rows[r]));
-    }
-    int64_t i = 0;
+// Eight columns of a panel, from rows e .. e + 7 of the weight in its own order. Returns the depth
+// that is done: the rest, less than 8 elements, is the caller's.
 #if defined(__AVX2__)
-    for (; i + 8 <= n; i += 8) {
-      __m256 in[8];
-      for (int r = 0; r < 8; ++r) in[r] = load8(rows[r] + i);
-      transpose8(in, dst + (k + i) * kPanel + j);
+template <typename T>
+VITKIT_INLINE int64_t pack_eight_in_order(const PatchEmbed& p, int64_t e, float* dst,
+                                          float* offsets) {
+  const T* from = reinterpret_cast<const T*>(p.weight) + e * p.depth;
+  const int64_t rows = p.embed - e < 8 ? p.embed - e : 8;
+  __m256 in[8], sums[8];
+  for (int r = 0; r < 8; ++r) sums[r] = in[r] = _mm256_setzero_ps();
+  int64_t k = 0;
+  for (; k + 8 <= p.depth; k += 8) {
+    for (int r = 0; r < 8; ++r)
+      in[r] = r < rows ? load8(from + r * p.depth + k) : _mm256_setzero_ps();
+    if (p.factor) {
+      const __m256 offset = load8(p.offset + k), factor = load8(p.factor + k);
+      for (int r = 0; r < 8; ++r) {
+        sums[r] = _mm256_fmadd_ps(in[r], offset, sums[r]);
+        in[r] = _mm256_mul_ps(in[r], factor);
+      }
     }
-#endif
-    for (; i < n; ++i)
-      for (int r = 0; r < 8; ++r) dst[(k + i) * kPanel + j + r] = rows[r][i];
+    transpose8(in, dst + k * kPanel);
   }
   for (int r = 0; r < 8; ++r) {
-    const int64_t e = panel * kPanel + j + r;
-    shift[e] = (p.bias && e < p.embed ? p.bias[e] : 0.f) + reduce_add(sums[r]);
+    float lanes[8];
+    _mm256_storeu_ps(lanes, sums[r]);
+    for (int i = 0; i < 8; ++i) offsets[r] += lanes[i];
   }
+  return k;
+}
+#else
+template <typename T>
+VITKIT_INLINE int64_t pack_eight_in_order(const PatchEmbed&, int64_t, float*, float*) {
+  return 0;
+}
+#endif
+
+// Eight columns of a panel and their shift, from rows e .. e + 7 of the weight.
+template <typename T>
+VITKIT_INLINE void pack_eight(const PatchEmbed& p, int64_t e, float* dst, float* shift) {
+  constexpr int64_t kPiece = 16;
+  float offsets[8] = {};
+  int64_t k = p.order ? 0 : pack_eight_in_order<T>(p, e, dst, offsets);
+  for (; k < p.depth; k += kPiece) {
+    const int64_t n = p.depth - k < kPiece ? p.depth - k : kPiece;
+    for (int r = 0; r < 8; ++r) {
+      alignas(64) float row[kPiece] = {};
+      f32v sum = {};
+      if (e + r < p.embed) weight_row<T>(p, e + r, k, n, row, &sum);
+      for (int64_t i = 0; i < n; ++i) dst[(k + i) * kPanel + r] = row[i];
+      offsets[r] += reduce_add(sum);
+    }
+  }
+  for (int r = 0; r < 8; ++r)
+    shift[e + r] = (p.bias && e + r < p.embed ? p.bias[e + r] : 0.f) + offsets[r];
 }
 
 VITKIT_INLINE int64_t float32_weight_panels(const PatchEmbed& p) { return panels_of(p.embed); }
@@ -84,7 +108,8 @@ static void pack_weight_float32(const PatchEmbed& p, void* weights, float* shift
     using T = std::remove_pointer_t<decltype(element)>;
     for (int64_t panel = begin; panel < end; ++panel)
       for (int64_t j = 0; j < kPanel; j += 8)
-        pack_eight<T>(p, panel, j, static_cast<float*>(weights) + panel * kPanel * p.depth, shift);
+        pack_eight<T>(p, panel * kPanel + j,
+                      static_cast<float*>(weights) + panel * kPanel * p.depth + j, shift);
   });
 }
 
