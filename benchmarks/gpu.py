@@ -65,6 +65,7 @@ OP_TESTS = [
     "tests/test_group_norm_silu.py",
     "tests/test_window_attention.py",
     "tests/test_dilated_attention.py",
+    "tests/test_patch_embed.py",
     "tests/test_score_bias.py",
     "tests/test_library.py",
 ]

@@ -17,7 +17,13 @@ import torch
 from . import overhead, report
 from .harness import Case, Roofline, Row, measure, measure_roofline
 
-OPS = ("group_norm_silu", "flash_attention", "window_attention", "dilated_attention")
+OPS = (
+    "group_norm_silu",
+    "flash_attention",
+    "window_attention",
+    "dilated_attention",
+    "patch_embed",
+)
 STDOUT = Path("-")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

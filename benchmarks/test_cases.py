@@ -11,6 +11,7 @@ from vitkit.benchmarks.cases import (
     dilated_attention,
     flash_attention,
     group_norm_silu,
+    patch_embed,
     window_attention,
 )
 from vitkit.benchmarks.harness import _gate
@@ -18,7 +19,13 @@ from vitkit.benchmarks.harness import _gate
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [
     c
-    for module in (group_norm_silu, flash_attention, window_attention, dilated_attention)
+    for module in (
+        group_norm_silu,
+        flash_attention,
+        window_attention,
+        dilated_attention,
+        patch_embed,
+    )
     for c in module.cases(DEVICE)
     if "smoke" in c.sets
 ]

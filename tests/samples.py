@@ -112,6 +112,39 @@ def _group_norm(
     return make
 
 
+def _patches(
+    images=(2, 3, 8, 12), patch=(4, 4), embed=10, uint8=False, norm=False, prefixes=0, **options
+):
+    def make(device, dtype):
+        torch.manual_seed(0)
+        grid = [-(-s // p) for s, p in zip(images[2:], patch, strict=True)]
+        tensors = {"images": _randn(device, dtype, *images)}
+        if uint8:
+            tensors["images"] = torch.randint(256, images, dtype=torch.uint8, device=device)
+        tensors["weight"] = _randn(device, dtype, embed, images[1], *patch) * 0.3
+        tensors["bias"] = _randn(device, dtype, embed)
+        if norm:
+            tensors |= {n: _randn(device, dtype, embed) for n in ("norm_weight", "norm_bias")}
+        rows = prefixes + torch.Size(grid).numel()
+        tensors["pos_embed"] = _randn(device, dtype, rows, embed)
+        if prefixes:
+            tensors["prefix_tokens"] = _randn(device, dtype, prefixes, embed)
+        return tensors, options
+
+    return make
+
+
+def _patches_packed(device, dtype):
+    torch.manual_seed(0)
+    tensors = {
+        "images": _randn(device, dtype, 2, 3, 8, 12),
+        "weight": _randn(device, dtype, 10, 3, 4, 4) * 0.3,
+        "bias": _randn(device, dtype, 10),
+        "pos_embed": _randn(device, dtype, 2, 3, 10),
+    }
+    return tensors, {"sizes": [(8, 8), (4, 12)]}
+
+
 def _window(height=5, width=7, window=(3, 3), cosine=False, **options):
     def make(device, dtype):
         torch.manual_seed(0)
@@ -172,6 +205,13 @@ SAMPLES = [
     Sample("group_norm_silu", "modulated", _group_norm(modulated=True)),
     Sample("group_norm_silu", "channels_last", _group_norm(channels_last=True, modulated=True)),
     Sample("group_norm_silu", "volume", _group_norm(shape=(1, 4, 2, 3, 2), groups=2)),
+    Sample("patch_embed", "positions_and_prefix", _patches(prefixes=2)),
+    Sample("patch_embed", "norm_and_padding", _patches((2, 3, 7, 9), norm=True, pad=True)),
+    Sample(
+        "patch_embed", "bytes", _patches(uint8=True, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.25])
+    ),
+    Sample("patch_embed", "video", _patches((1, 2, 2, 4, 4), (2, 2, 2), 6)),
+    Sample("patch_embed_packed", "padded_batch", _patches_packed),
     Sample("window_attention", "shifted", _window(shift_size=(1, 2))),
     Sample("window_attention", "cosine", _window(cosine=True, padding="roll_then_pad")),
 ]

@@ -98,7 +98,7 @@ def check_options(
                 f" got {values!r}"
             )
         numbers = isinstance(values, (list, tuple)) and all(
-            isinstance(v, (int, float)) and math.isfinite(v) for v in values
+            isinstance(v, (int, float)) and abs(v) < math.inf for v in values
         )
         if not numbers or len(values) != channels:
             raise ValueError(f"{op}: {arg} must be {channels} finite numbers, got {values!r}")
@@ -108,16 +108,15 @@ def check_options(
 
 def check_patch(op: str, sizes: Sequence[int], patch: Sequence[int], pad: bool) -> None:
     """Image sizes against patch sizes, both (T,) H, W."""
-    given = " x ".join(map(str, sizes))
-    wanted = " x ".join(map(str, patch))
     if pad and min(sizes) > 0:
         return
-    if any(s < p for s, p in zip(sizes, patch, strict=True)):
-        raise ValueError(f"{op}: images must be at least one patch of {wanted} large, got {given}")
-    if any(s % p for s, p in zip(sizes, patch, strict=True)):
-        raise ValueError(
-            f"{op}: images must be divisible by the patch {wanted} (or pad=True), got {given}"
+    small = any(s < p for s, p in zip(sizes, patch, strict=True))
+    if small or any(s % p for s, p in zip(sizes, patch, strict=True)):
+        given, wanted = (" x ".join(map(str, n)) for n in (sizes, patch))
+        rule = (
+            "at least one patch of {} large" if small else "divisible by the patch {} (or pad=True)"
         )
+        raise ValueError(f"{op}: images must be {rule.format(wanted)}, got {given}")
 
 
 def floats(values: Sequence[float] | None) -> list[float] | None:

@@ -17,6 +17,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from vitkit import nn
+from vitkit.patch.hosts.diffusers_patch import RULES as PATCH_RULES
 from vitkit.patch.rules import Change, Replacement, Rule, is_group_norm, swap_class, watched
 from vitkit.patch.source import is_followed, source_of
 
@@ -229,4 +230,5 @@ RULES = [
         Rule(cls, "group_norm_silu", _norm_out)
         for cls in (UNet2DConditionModel, UNet2DModel, vae.Encoder, vae.Decoder)
     ),
+    *PATCH_RULES,
 ]

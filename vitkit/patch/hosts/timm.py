@@ -11,6 +11,7 @@ from timm.layers import apply_rot_embed_cat
 
 from vitkit import nn
 from vitkit.nn.attention import pool_latent, project, self_attention
+from vitkit.patch.hosts.timm_patch import RULES as PATCH_RULES
 from vitkit.patch.hosts.timm_swin import RULES as SWIN_RULES
 from vitkit.patch.rules import Replacement, Rule, swap_class, watched
 
@@ -129,4 +130,5 @@ RULES = [
         ((timm.layers.AttentionPoolLatent.forward, _POOL),),
     ),
     *SWIN_RULES,
+    *PATCH_RULES,
 ]
