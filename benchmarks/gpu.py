@@ -67,6 +67,7 @@ OP_TESTS = [
     "tests/test_dilated_attention.py",
     "tests/test_layer_norm_modulate.py",
     "tests/test_gated_residual.py",
+    "tests/test_patch_embed.py",
     "tests/test_score_bias.py",
     "tests/test_swiglu.py",
     "tests/test_geglu.py",

@@ -28,6 +28,7 @@ OPS = (
     "rope_2d",
     "layer_norm_modulate",
     "gated_residual",
+    "patch_embed",
 )
 STDOUT = Path("-")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -125,6 +125,28 @@ def _layer_norm(shape=(2, 5, 12), modulation=None, affine=True):
     return make
 
 
+def _patches(
+    images=(2, 3, 8, 12), patch=(4, 4), embed=10, uint8=False, norm=False, prefixes=0, **options
+):
+    def make(device, dtype):
+        torch.manual_seed(0)
+        grid = [-(-s // p) for s, p in zip(images[2:], patch, strict=True)]
+        tensors = {"images": _randn(device, dtype, *images)}
+        if uint8:
+            tensors["images"] = torch.randint(256, images, dtype=torch.uint8, device=device)
+        tensors["weight"] = _randn(device, dtype, embed, images[1], *patch) * 0.3
+        tensors["bias"] = _randn(device, dtype, embed)
+        if norm:
+            tensors |= {n: _randn(device, dtype, embed) for n in ("norm_weight", "norm_bias")}
+        rows = prefixes + torch.Size(grid).numel()
+        tensors["pos_embed"] = _randn(device, dtype, rows, embed)
+        if prefixes:
+            tensors["prefix_tokens"] = _randn(device, dtype, prefixes, embed)
+        return tensors, options
+
+    return make
+
+
 def _gated_residual(gate):
     def make(device, dtype):
         torch.manual_seed(0)
@@ -132,6 +154,17 @@ def _gated_residual(gate):
         return {name: _randn(device, dtype, *shape) for name, shape in shapes.items()}, {}
 
     return make
+
+
+def _patches_packed(device, dtype):
+    torch.manual_seed(0)
+    tensors = {
+        "images": _randn(device, dtype, 2, 3, 8, 12),
+        "weight": _randn(device, dtype, 10, 3, 4, 4) * 0.3,
+        "bias": _randn(device, dtype, 10),
+        "pos_embed": _randn(device, dtype, 2, 3, 10),
+    }
+    return tensors, {"sizes": [(8, 8), (4, 12)]}
 
 
 def _window(height=5, width=7, window=(3, 3), cosine=False, **options):
@@ -241,6 +274,13 @@ SAMPLES = [
     Sample("layer_norm_modulate", "plain", _layer_norm()),
     Sample("layer_norm_modulate", "sample", _layer_norm(modulation=(2, 12), affine=False)),
     Sample("layer_norm_modulate", "token", _layer_norm(modulation=(2, 5, 12))),
+    Sample("patch_embed", "positions_and_prefix", _patches(prefixes=2)),
+    Sample("patch_embed", "norm_and_padding", _patches((2, 3, 7, 9), norm=True, pad=True)),
+    Sample(
+        "patch_embed", "bytes", _patches(uint8=True, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.25])
+    ),
+    Sample("patch_embed", "video", _patches((1, 2, 2, 4, 4), (2, 2, 2), 6)),
+    Sample("patch_embed_packed", "padded_batch", _patches_packed),
     Sample("window_attention", "shifted", _window(shift_size=(1, 2))),
     Sample("window_attention", "cosine", _window(cosine=True, padding="roll_then_pad")),
 ]

@@ -14,6 +14,8 @@ from vitkit.ops.geglu import geglu
 from vitkit.ops.gelu import gelu
 from vitkit.ops.group_norm_silu import group_norm_silu
 from vitkit.ops.layer_norm_modulate import layer_norm_modulate
+from vitkit.ops.patch_embed import patch_embed
+from vitkit.ops.patch_embed_packed import patch_embed_packed
 from vitkit.ops.rope_2d import rope_2d
 from vitkit.ops.swiglu import swiglu
 from vitkit.ops.window_attention import window_attention
@@ -35,6 +37,8 @@ __all__ = [
     "is_patched",
     "layer_norm_modulate",
     "patch",
+    "patch_embed",
+    "patch_embed_packed",
     "patched",
     "rope_2d",
     "swiglu",

@@ -55,6 +55,7 @@ struct f16 {
 // ---- scalar conversions ----
 
 VITKIT_INLINE float to_float(float x) { return x; }
+VITKIT_INLINE float to_float(uint8_t x) { return float(x); }
 
 VITKIT_INLINE float to_float(bf16 x) {
   const uint32_t u = uint32_t(x.bits) << 16;
@@ -183,6 +184,20 @@ VITKIT_INLINE void store(f16* p, f32v v) {
                    _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < kLanes; ++i) from_float(v[i], p + i);
+#endif
+}
+
+VITKIT_INLINE f32v load(const uint8_t* p) {
+#if defined(__AVX512F__) && VITKIT_SIMD_LANES == 16
+  return f32v(_mm512_cvtepi32_ps(
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+#elif defined(__AVX2__) && VITKIT_SIMD_LANES == 8
+  return f32v(_mm256_cvtepi32_ps(
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+#else
+  f32v v;
+  for (int i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
+  return v;
 #endif
 }
 

@@ -38,7 +38,10 @@ MODULES = (
     "rope_2d",
     "layer_norm_modulate",
     "gated_residual",
+    "patch_embed",
 )
+# A launch with one of these constants is one of a product.
+_PRODUCT = {"D0", "BLOCK_K"}
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
     "sm86": GPUTarget("cuda", 86, 32),
@@ -167,7 +170,7 @@ def table(archs: tuple[str, ...] = tuple(TARGETS), names: tuple[str, ...] = ()) 
             for arch in archs:
                 for launch in spec.launches(Device.typical(arch)):
                     facts = inspect(compile_launch(launch, arch), arch)
-                    expects = spec.matmul and "D0" in launch.constants
+                    expects = spec.matmul and not _PRODUCT.isdisjoint(launch.constants)
                     name = launch.kernel.__name__
                     yield Row(spec.name, name, arch, expects_matmul=expects, **facts)
 

@@ -7,9 +7,10 @@ where one of its kernels can run, torch's own functions where none can.
 
 from vitkit.nn.attention import Attention, AttentionPoolLatent
 from vitkit.nn.dilated import DilatedAttention
-from vitkit.nn.functional import attend, group_norm_silu, layer_norm, why_no_kernel
+from vitkit.nn.functional import attend, group_norm_silu, layer_norm, patch_embed, why_no_kernel
 from vitkit.nn.mlp import GEGLU, GELU, SwiGLU, SwiGLUPacked, geglu, gelu, swiglu
 from vitkit.nn.norm import AdaLayerNorm, GroupNorm, GroupNormSiLU, LayerNorm
+from vitkit.nn.patch import PatchEmbed
 from vitkit.nn.rope import RotaryEmbedding2d, rotate
 from vitkit.nn.window import WindowAttention, WindowAttentionV2, attend_windows
 
@@ -23,6 +24,7 @@ __all__ = [
     "GroupNorm",
     "GroupNormSiLU",
     "LayerNorm",
+    "PatchEmbed",
     "RotaryEmbedding2d",
     "SwiGLU",
     "SwiGLUPacked",
@@ -34,6 +36,7 @@ __all__ = [
     "gelu",
     "group_norm_silu",
     "layer_norm",
+    "patch_embed",
     "rotate",
     "swiglu",
     "why_no_kernel",

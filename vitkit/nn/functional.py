@@ -7,6 +7,8 @@ other than ``"auto"`` is taken at its word: if it cannot run, the op says why.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -15,6 +17,7 @@ from vitkit._checks import NATIVE_FLOATING, name_of
 from vitkit.ops import flash_attention as _attention
 from vitkit.ops import group_norm_silu as _norm
 from vitkit.ops import layer_norm_modulate as _layer_norm
+from vitkit.ops import patch_embed as _patch
 
 # Elements below which torch's LayerNorm is the faster one on a CPU, of float32 and of narrower
 # types (docs/performance.md).
@@ -151,3 +154,27 @@ def _is_small(norm: torch.nn.Module, x: torch.Tensor, modulated: bool) -> bool:
     if modulated or _backend(norm) != "auto" or backends.DEFAULT != "auto" or not x.is_cpu:
         return False
     return x.numel() < SMALL_LAYER_NORM[x.dtype != torch.float32]
+
+
+def patch_embed(
+    module: torch.nn.Module,
+    images: torch.Tensor,
+    proj: torch.nn.Conv2d | torch.nn.Conv3d,
+    norm: torch.nn.LayerNorm | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """``vitkit.patch_embed`` with the parameters of ``proj`` and ``norm``, on the backend of
+    ``module``: [B, P + N, E]. Plain calls that no kernel can run are the convolution's."""
+    plain = not any(v is not None and v is not False for v in options.values())
+    if plain and images.is_floating_point() and _on_torch(_patch.NAME, module, images):
+        tokens = proj(images).flatten(2).transpose(1, 2)
+        return tokens if norm is None else norm(tokens)
+    affine: dict[str, Any] = {}
+    if norm is not None:
+        gain = norm.weight
+        if gain is None:
+            gain = torch.ones(proj.out_channels, device=images.device)
+        affine = {"norm_weight": gain, "norm_bias": norm.bias, "norm_eps": norm.eps}
+    return _patch.patch_embed(
+        images, proj.weight, proj.bias, **affine, **options, backend=_backend(module)
+    )

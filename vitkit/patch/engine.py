@@ -23,7 +23,8 @@ HOSTS = {
     "timm": "timm",
     "diffusers": "diffusers",
     "torchvision": "torchvision",
-    "transformers": "transformers",
+    # Importing transformers alone imports no model, as diffusers does: its rules would.
+    "transformers.modeling_utils": "transformers",
     "torch": "pytorch",
 }
 

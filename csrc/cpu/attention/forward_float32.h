@@ -4,8 +4,8 @@
 #pragma once
 
 #include "attention/forward.h"
-#include "attention/lanes.h"
 #include "attention/pack.h"
+#include "lanes.h"
 
 namespace vitkit::cpu::VITKIT_ISA {
 

@@ -19,6 +19,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from vitkit import nn
 from vitkit.patch.hosts.diffusers_mlp import RULES as MLP_RULES
 from vitkit.patch.hosts.diffusers_norms import RULES as NORM_RULES
+from vitkit.patch.hosts.diffusers_patch import RULES as PATCH_RULES
 from vitkit.patch.rules import Change, Replacement, Rule, is_group_norm, swap_class, watched
 from vitkit.patch.source import is_followed, source_of
 
@@ -233,4 +234,5 @@ RULES = [
     ),
     *MLP_RULES,
     *NORM_RULES,
+    *PATCH_RULES,
 ]

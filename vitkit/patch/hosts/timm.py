@@ -13,6 +13,7 @@ from vitkit.nn.attention import pool_latent, project, self_attention
 from vitkit.nn.rope import rotate
 from vitkit.patch.hosts.timm_mlp import RULES as MLP_RULES
 from vitkit.patch.hosts.timm_norms import RULES as NORM_RULES
+from vitkit.patch.hosts.timm_patch import RULES as PATCH_RULES
 from vitkit.patch.hosts.timm_swin import RULES as SWIN_RULES
 from vitkit.patch.rules import Replacement, Rule, swap_class, watched
 
@@ -139,4 +140,5 @@ RULES = [
     *SWIN_RULES,
     *MLP_RULES,
     *NORM_RULES,
+    *PATCH_RULES,
 ]

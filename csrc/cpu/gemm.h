@@ -79,4 +79,37 @@ VITKIT_INLINE int panel_vecs(int64_t columns, int64_t panel) {
   return columns - panel * kPanel > kLanes ? 2 : 1;
 }
 
+// ---- what packing a panel is made of ----
+
+#if defined(__AVX2__)
+
+VITKIT_INLINE __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
+VITKIT_INLINE __m256 load8(const bf16* p) {
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+VITKIT_INLINE __m256 load8(const f16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+// out[c * kPanel + r] = in[r][c] for an 8 x 8 block.
+VITKIT_INLINE void transpose8(const __m256 in[8], float* out) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(in[i], in[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps(in[i], in[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int h = 0; h < 2; ++h) {
+      b[i + 2 * h] = _mm256_shuffle_ps(a[i + h], a[i + h + 2], 0x44);
+      b[i + 2 * h + 1] = _mm256_shuffle_ps(a[i + h], a[i + h + 2], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(out + i * kPanel, _mm256_permute2f128_ps(b[i], b[i + 4], 0x20));
+    _mm256_storeu_ps(out + (i + 4) * kPanel, _mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
+  }
+}
+
+#endif
+
 }  // namespace vitkit::cpu::VITKIT_ISA
