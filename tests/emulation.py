@@ -34,7 +34,7 @@ def emulated(driver: str, *, csrc: Path = ROOT / "csrc", flags: tuple[str, ...] 
     include = cuda_include()
     folders = (EMULATOR, csrc, csrc / "core", csrc / "cuda")
     command = ["g++", *FLAGS, *(f"-I{f}" for f in folders), f"-isystem{include}"]
-    digest = hashlib.sha256(repr((command, flags)).encode())
+    digest = hashlib.sha256(repr((driver, FLAGS, flags, str(include))).encode())
     sources = [f for folder in ("core", "attention", "cuda") for f in (csrc / folder).glob("*.*h")]
     for source in sorted([*sources, *EMULATOR.glob("*.*")]):
         digest.update(source.name.encode() + source.read_bytes())
@@ -53,3 +53,16 @@ def emulated(driver: str, *, csrc: Path = ROOT / "csrc", flags: tuple[str, ...] 
         for o in objects:
             o.unlink()
     return target
+
+
+def mutated(folder: Path, old: str, new: str) -> Path:
+    """A copy of csrc in which ``old``, which stands in one place, is ``new``."""
+    csrc = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc, ignore=shutil.ignore_patterns("cpu", "runtime"))
+    hits = 0
+    for source in csrc.glob("*/*.*h"):
+        text = source.read_text()
+        hits += text.count(old)
+        source.write_text(text.replace(old, new))
+    assert hits == 1, "the mutation no longer fits the source"
+    return csrc

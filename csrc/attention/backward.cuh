@@ -1,7 +1,7 @@
-// Attention backward. Weights are computed again from lse; ds = p (dp - delta), with dp = grad v^T and
-// delta = sum_d grad * out - grad_lse. One kernel owns queries and sums dq over keys, one owns keys
-// and sums dk and dv over queries: seven products where five would do, but no atomics and no buffer
-// of partial sums, so that results are the same on every run.
+// Attention backward. Weights are computed again from lse; ds = p (dp - delta), with dp = grad v^T
+// and delta = sum_d grad * out - grad_lse. One kernel owns queries and sums dq over keys, one owns
+// keys and sums dk and dv over queries: seven products where five would do, but no atomics and no
+// buffer of partial sums, so that results are the same on every run.
 #pragma once
 
 #include <algorithm>
@@ -92,8 +92,7 @@ struct Statistics {
   template <typename P>
   __device__ __forceinline__ void load(const P& p, const Span& span, int query) {
     if (query >= span.n_q) return;
-    const int64_t at =
-        span.batch * p.lse_batch + span.head * p.lse_head + p.map.query(span, query);
+    const int64_t at = span.batch * p.lse_batch + span.head * p.lse_head + p.map.query(span, query);
     const float value = p.lse[at];
     if (value == -INFINITY) return;
     lse = value * kLog2e;
@@ -101,8 +100,8 @@ struct Statistics {
   }
 };
 
-// Scores to weights p, dp to ds, for a row tile of a warp. `row` and `column` are those of the lane's
-// first element; `of` gives the statistics of element (n, i).
+// Scores to weights p, dp to ds, for a row tile of a warp. `row` and `column` are those of the
+// lane's first element; `of` gives the statistics of element (n, i).
 template <bool kTransposed, int kTiles, typename P, typename Of>
 __device__ __forceinline__ void score_gradients(float (&s)[kTiles][4], float (&dp)[kTiles][4],
                                                 const P& p, const Span& span, int row, int column,
@@ -131,6 +130,16 @@ __device__ __forceinline__ void score_gradients(float (&s)[kTiles][4], float (&d
     }
 }
 
+// Columns of dq, or of dk and dv, that a block sums: with the scores, their accumulators are most
+// of its registers. Wider rows take several blocks, which compute the same weights.
+template <typename T, int kHeadDim>
+constexpr int kQueryColumns = sizeof(T) == 4 && kHeadDim > 128 ? kHeadDim / 2 : kHeadDim;
+template <typename T, int kHeadDim>
+constexpr int kKeyColumns = sizeof(T) == 4 ? (kHeadDim <= 64       ? kHeadDim
+                                              : kHeadDim % 64 == 0 ? 64
+                                                                   : 48)
+                                           : (kHeadDim <= 128 ? kHeadDim : kHeadDim / 2);
+
 template <typename T, int kHeadDim, typename Map, typename Term>
 __global__ void __launch_bounds__(128)
     attention_bwd_dq_kernel(const __grid_constant__ BackwardParams<Map, Term> p) {
@@ -138,11 +147,13 @@ __global__ void __launch_bounds__(128)
   using Shared = SharedTile<T, kHeadDim>;
   constexpr Tile kTile = kBackwardTile<T, kHeadDim>;
   constexpr int kKeys = kTile.others, kStages = kTile.stages, kTiles = kKeys / 8;
+  constexpr int kColumns = kQueryColumns<T, kHeadDim>, kSlices = kHeadDim / kColumns;
   VITKIT_DYNAMIC_SHARED(memory);
 
   const int rows = int(blockDim.x) / kWarp * 16;
-  const Span span = p.map.span(blockIdx.x, rows, false);
-  if (span.first >= span.n_q) return;
+  const Span span = p.map.span(blockIdx.x / kSlices, rows, false);
+  const int column = int(blockIdx.x % kSlices) * kColumns;
+  if (span.first >= span.n_q || column >= p.head_dim) return;
   const Shared q{memory}, grad{memory + Shared::bytes(rows)};
   const auto keys = [&](int stage) {
     return Shared{memory + Shared::bytes(2 * rows + 2 * stage * kKeys)};
@@ -177,7 +188,7 @@ __global__ void __launch_bounds__(128)
   Statistics of_row[2];
   of_row[0].load(p, span, row);
   of_row[1].load(p, span, row + 8);
-  float dq[1][kHeadDim / 8][4] = {};
+  float dq[1][kColumns / 8][4] = {};
 
   for (int step = 0; step < steps; ++step) {
     ptx::copy_wait<kStages - 2>();
@@ -193,25 +204,18 @@ __global__ void __launch_bounds__(128)
         valid);
     score_gradients<false>(s[0], dp[0], p, span, row, first + pair,
                            [&](int, int i) { return of_row[i / 2]; });
-    multiply_columns<false>(dq, dp, keys(stage), 0, valid);
+    multiply_columns<false>(dq, dp, keys(stage), column, valid);
   }
 
   ptx::copy_wait<0>();
   __syncthreads();
 #pragma unroll
-  for (int n = 0; n < kHeadDim / 8; ++n)
+  for (int n = 0; n < kColumns / 8; ++n)
 #pragma unroll
     for (int i = 0; i < 4; ++i) dq[0][n][i] *= p.grad_scale;
-  store_rows(dq, q, warp_row, p.dq.template plane<T>(span), p.dq.token, first_row, span.n_q, 0,
+  store_rows(dq, q, warp_row, p.dq.template plane<T>(span), p.dq.token, first_row, span.n_q, column,
              p.head_dim, query_token);
 }
-
-// Columns of dk and dv that a block sums: their accumulators are half of its registers. Wider rows
-// take several blocks, which compute the same weights.
-template <typename T, int kHeadDim>
-constexpr int kGradientColumns =
-    sizeof(T) == 4 ? (kHeadDim <= 64 ? kHeadDim : kHeadDim % 64 == 0 ? 64 : 48)
-                   : (kHeadDim <= 128 ? kHeadDim : kHeadDim / 2);
 
 // Rows are keys here: scores are those of the transposed tile.
 template <typename T, int kHeadDim, typename Map, typename Term>
@@ -221,7 +225,7 @@ __global__ void __launch_bounds__(128)
   using Shared = SharedTile<T, kHeadDim>;
   constexpr Tile kTile = kBackwardTile<T, kHeadDim>;
   constexpr int kQueries = kTile.others, kStages = kTile.stages, kTiles = kQueries / 8;
-  constexpr int kColumns = kGradientColumns<T, kHeadDim>, kSlices = kHeadDim / kColumns;
+  constexpr int kColumns = kKeyColumns<T, kHeadDim>, kSlices = kHeadDim / kColumns;
   static_assert(kSlices * kColumns == kHeadDim);
   VITKIT_DYNAMIC_SHARED(memory);
 
@@ -311,10 +315,11 @@ const char* launch_backward(const BackwardParams<Map, Term>& p, int rows_q, int 
     return SharedTile<T, kHeadDim>::bytes(2 * 16 * warps + 2 * kTile.stages * kTile.others);
   };
   const int warps_q = warps_of(rows_q), warps_k = warps_of(rows_k);
-  constexpr int kSlices = kHeadDim / kGradientColumns<T, kHeadDim>;
   const int64_t delta_blocks = p.map.blocks(32, false);
-  const int64_t dq_blocks = p.map.blocks(16 * warps_q, false);
-  const int64_t dkv_blocks = p.map.blocks(16 * warps_k, true) * kSlices;
+  const int64_t dq_blocks =
+      p.map.blocks(16 * warps_q, false) * (kHeadDim / kQueryColumns<T, kHeadDim>);
+  const int64_t dkv_blocks =
+      p.map.blocks(16 * warps_k, true) * (kHeadDim / kKeyColumns<T, kHeadDim>);
   if (std::max({delta_blocks, dq_blocks, dkv_blocks}) > 0x7fffffff)
     return "more than 2^31 - 1 blocks";
   const char* error = nullptr;

@@ -1,15 +1,15 @@
-// The gradient of a dense bias, in the bias's own shape. A block owns a tile of the bias and sums ds
-// over all that shares it: batches, heads, and queries or keys where the bias has one for all. Where
-// there are fewer tiles than a GPU has room for, several blocks share one (chunks) and leave partial
-// sums, which the caller adds.
+// The gradient of a dense bias, in the bias's own shape. A block owns a tile of the bias and sums
+// ds over all that shares it: batches, heads, and queries or keys where the bias has one for all.
+// Where there are fewer tiles than a GPU has room for, several blocks share one (chunks) and leave
+// partial sums, which the caller adds.
 #pragma once
 
 #include "backward.cuh"
 
 namespace vitkit::attention {
 
-// How many there are of what a bias has of its own and of what shares it, in tiles along the queries
-// and keys.
+// How many there are of what a bias has of its own and of what shares it, in tiles along the
+// queries and keys.
 struct Extent {
   int batch, head, query, key;
 
@@ -179,8 +179,8 @@ BiasGradientPlan plan_bias_gradient(const SequenceMap& map, int batches, int hea
   plan.own = {batches, heads, queries == 1 ? 1 : query_tiles, keys == 1 ? 1 : key_tiles};
   plan.shared = {map.batch / batches, map.heads / heads, queries == 1 ? query_tiles : 1,
                  keys == 1 ? key_tiles : 1};
-  plan.chunks = int(std::clamp<int64_t>(kBlocks / plan.own.size(), 1,
-                                        std::min<int64_t>(plan.shared.size(), 32)));
+  plan.chunks = int(
+      std::clamp<int64_t>(kBlocks / plan.own.size(), 1, std::min<int64_t>(plan.shared.size(), 32)));
   plan.copies = plan.chunks * (queries == 1 ? kTile.warps : 1);
   return plan;
 }

@@ -18,8 +18,9 @@ using Type = std::type_identity<T>;
 // shared memory, and nothing is padded in global memory. Vision heads are 32 to 96 wide, where a
 // step of 16 (what a product is deep) wastes least; float32 is a path for accuracy.
 template <typename T>
-using HeadDims = std::conditional_t<sizeof(T) == 4, std::integer_sequence<int, 32, 64, 96, 128, 256>,
-                                    std::integer_sequence<int, 32, 48, 64, 80, 96, 128, 192, 256>>;
+using HeadDims =
+    std::conditional_t<sizeof(T) == 4, std::integer_sequence<int, 32, 64, 96, 128, 256>,
+                       std::integer_sequence<int, 32, 48, 64, 80, 96, 128, 192, 256>>;
 
 // f(Type<T>, std::integral_constant<int, head dim>) -> const char*.
 template <typename F>

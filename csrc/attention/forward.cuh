@@ -1,5 +1,5 @@
-// Attention forward: online softmax over tiles of keys. A warp keeps its scores, weights and outputs
-// in registers; keys and values come by asynchronous copies, a stage ahead.
+// Attention forward: online softmax over tiles of keys. A warp keeps its scores, weights and
+// outputs in registers; keys and values come by asynchronous copies, a stage ahead.
 #pragma once
 
 #include <algorithm>
@@ -99,14 +99,17 @@ __global__ void __launch_bounds__(128)
   constexpr Tile kTile = kForwardTile<T, kHeadDim>;
   constexpr int kRowTiles = kTile.row_tiles, kKeys = kTile.others, kStages = kTile.stages;
   constexpr int kTiles = kKeys / 8, kOut = kHeadDim / 8, kSteps = kHeadDim / M::kDepth;
-  constexpr bool kHold = sizeof(T) == 2 && kRowTiles * kHeadDim <= 128;  // queries in registers
+  // Queries stay in registers where those of scores, outputs and a term leave room.
+  constexpr bool kHold = sizeof(T) == 2 && kRowTiles * kHeadDim <= (Term::kActive ? 96 : 128);
   VITKIT_DYNAMIC_SHARED(memory);
 
   const int rows = int(blockDim.x) / kWarp * 16 * kRowTiles;
   const Span span = p.map.span(blockIdx.x, rows, false);
   if (span.first >= span.n_q) return;
   const Shared q{memory};
-  const auto keys = [&](int stage) { return Shared{memory + Shared::bytes(rows + 2 * stage * kKeys)}; };
+  const auto keys = [&](int stage) {
+    return Shared{memory + Shared::bytes(rows + 2 * stage * kKeys)};
+  };
   const auto values = [&](int stage) {
     return Shared{memory + Shared::bytes(rows + (2 * stage + 1) * kKeys)};
   };
@@ -134,9 +137,7 @@ __global__ void __launch_bounds__(128)
   const int first_row = span.first + warp_row;
   const int row = first_row + lane_id() / 4, pair = lane_id() % 4 * 2;
   // Keys that any row of this warp attends.
-  const int end = first_row >= span.n_q ? 0
-                  : p.causal            ? min(n_k, first_row + 16 * kRowTiles)
-                                        : n_k;
+  const int end = first_row >= span.n_q ? 0 : p.causal ? min(n_k, first_row + 16 * kRowTiles) : n_k;
   const float factor = Term::kActive ? 1.f : p.scale;
   typename M::A held[kHold ? kSteps : 1][kRowTiles];
   const auto load_query = [&](int r, int k) {
@@ -219,8 +220,8 @@ const char* launch_forward(const ForwardParams<Map, Term>& p, int rows, Stream s
   const int warps = std::clamp((rows + of_warp - 1) / of_warp, 1, kTile.warps);
   const int64_t blocks = p.map.blocks(warps * of_warp, false);
   if (blocks > 0x7fffffff) return "more than 2^31 - 1 blocks";
-  const int shared = SharedTile<T, kHeadDim>::bytes(warps * of_warp +
-                                                    2 * kTile.stages * kTile.others);
+  const int shared =
+      SharedTile<T, kHeadDim>::bytes(warps * of_warp + 2 * kTile.stages * kTile.others);
   return launch_kernel(&attention_fwd_kernel<T, kHeadDim, Map, Term>, unsigned(blocks),
                        warps * kWarp, shared, stream, p);
 }

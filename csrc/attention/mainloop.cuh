@@ -7,8 +7,8 @@
 
 namespace vitkit::attention {
 
-// A tensor of rows: [batch, token, head, column] by strides in elements, columns dense. Rows begin at
-// multiples of 16 bytes.
+// A tensor of rows: [batch, token, head, column] by strides in elements, columns dense. Rows begin
+// at multiples of 16 bytes.
 struct Rows {
   void* data;
   int64_t batch, token, head;
@@ -36,8 +36,9 @@ __device__ __forceinline__ void load_rows(const SharedTile<T, kColumns>& tile, c
   }
 }
 
-// d[r] += rows [row + 16 r, ...) of `a` times the rows of `b`, transposed, over all columns. Only the
-// first `valid` rows of b, in units of 16, unless kWhole. `held`: the rows of a, if they are kept.
+// d[r] += rows [row + 16 r, ...) of `a` times the rows of `b`, transposed, over all columns. Only
+// the first `valid` rows of b, in units of 16, unless kWhole. `held`: the rows of a, if they are
+// kept.
 template <bool kWhole, typename T, int kColumns, int kRowTiles, int kTiles, typename LoadA>
 __device__ __forceinline__ void multiply_rows(float (&d)[kRowTiles][kTiles][4], LoadA&& load_a,
                                               const SharedTile<T, kColumns>& b, int valid) {

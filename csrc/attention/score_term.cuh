@@ -1,8 +1,8 @@
 // Score terms: what is added to a score before the softmax, in units of log2.
 //
 // A term has kActive, and add(), which takes the accumulators of a warp's tile. Element i of
-// accumulator n of a lane is, by kTransposed, that of query `row` + i / 2 * 8 and key `column` + n *
-// 8 + i % 2, or of key `row` + ... and query `column` + ...
+// accumulator n of a lane is, by kTransposed, that of query `row` + i / 2 * 8 and key `column` + n
+// * 8 + i % 2, or of key `row` + ... and query `column` + ...
 #pragma once
 
 #include <stdint.h>
@@ -32,8 +32,8 @@ __device__ __forceinline__ float log2_of_weight(E bias) {
   return scaled == -INFINITY && x > -INFINITY ? -3e38f : scaled;
 }
 
-// A tensor that broadcasts to [B, H, Nq, Nk]: a bias, or a mask of what may be attended. Strides are
-// in elements, 0 where it broadcasts. Null data adds nothing.
+// A tensor that broadcasts to [B, H, Nq, Nk]: a bias, or a mask of what may be attended. Strides
+// are in elements, 0 where it broadcasts. Null data adds nothing.
 struct DenseTerm {
   static constexpr bool kActive = true;
 

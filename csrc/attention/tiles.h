@@ -35,7 +35,7 @@ constexpr TileRow kForwardTiles[] = {
 // Of dq (rows are queries) and of dk and dv (rows are keys): 16 rows a warp, of which both operands
 // stay in shared memory.
 constexpr TileRow kBackwardTiles[] = {
-    {2, 64, {1, 4, 64, 2}, "64 registers of scores and their gradients beside 64 of dk and dv"},
+    {2, 48, {1, 4, 64, 2}, "64 registers of scores and their gradients; at 64 a term spills"},
     {2, 128, {1, 4, 32, 2}, "128 registers of dk and dv"},
     {2, 256, {1, 4, 16, 2}, "96 KB, which sm_86 has"},
     {4, 64, {1, 4, 32, 2}, "64 KB"},

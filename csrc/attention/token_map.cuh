@@ -53,8 +53,8 @@ struct SequenceMap {
     return x < low ? low : x > high ? high : x;
   }
 
-  // Tokens [begin, end) of sequence s, inside [0, total) whatever cu_seqlens holds. The tokens behind
-  // the last sequence are one more, if `rest`.
+  // Tokens [begin, end) of sequence s, inside [0, total) whatever cu_seqlens holds. The tokens
+  // behind the last sequence are one more, if `rest`.
   __device__ __forceinline__ void bounds(const int32_t* cu, int s, int total, bool rest, int& begin,
                                          int& end) const {
     begin = s == 0 ? 0 : clamp(cu[s], 0, total);

@@ -37,8 +37,9 @@ const char* launch_kernel(void (*kernel)(const P), unsigned blocks, int threads,
     error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                  cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error == cudaSuccess) {
-    kernel<<<blocks, threads, shared_bytes, stream>>>(params);
-    error = cudaGetLastError();
+    void* arguments[] = {const_cast<P*>(&params)};
+    error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks),
+                             dim3(unsigned(threads)), arguments, size_t(shared_bytes), stream);
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

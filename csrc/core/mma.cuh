@@ -1,7 +1,7 @@
 // Tensor-core products of tiles in shared memory, for 16-bit elements and for float32.
 //
-// Mma<T> has fragments A (16 rows x kDepth) and B (kDepth x 16 columns) and the accumulators of 16 x
-// 8 that ptx.cuh describes; an accumulator can become an A of the next product where it is, in
+// Mma<T> has fragments A (16 rows x kDepth) and B (kDepth x 16 columns) and the accumulators of 16
+// x 8 that ptx.cuh describes; an accumulator can become an A of the next product where it is, in
 // registers. Float32 is split into two tf32, of which three products are taken: x y is off by about
 // 2^-22 of itself, as a float32 product in a sum is.
 #pragma once

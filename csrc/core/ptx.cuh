@@ -63,8 +63,7 @@ template <typename T>
 __device__ __forceinline__ void multiply_16816(float (&d)[4], const uint32_t (&a)[4],
                                                const uint32_t (&b)[2]);
 template <>
-__device__ __forceinline__ void multiply_16816<__nv_bfloat16>(float (&d)[4],
-                                                              const uint32_t (&a)[4],
+__device__ __forceinline__ void multiply_16816<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4],
                                                               const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "

@@ -8,8 +8,9 @@
 namespace vitkit {
 
 // Where 16-byte chunk `chunk` of row `row` lies, in chunks. Eight chunks span the 32 banks; eight
-// rows at one chunk fall on eight different ones, for every even number of chunks a row: the largest
-// power of two that divides it (up to 8) is what consecutive rows leave to be mixed by hand.
+// rows at one chunk fall on eight different ones, for every even number of chunks a row: the
+// largest power of two that divides it (up to 8) is what consecutive rows leave to be mixed by
+// hand.
 template <int kChunks>
 __device__ __forceinline__ int swizzled(int row, int chunk) {
   constexpr int kPower = kChunks & -kChunks;
@@ -17,8 +18,8 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
   return row * kChunks + (chunk ^ (row / (8 / kSpan) % kSpan));
 }
 
-// The same for float32, which is read as pairs of rows and pairs of columns: in units of two chunks,
-// four of which span the banks. Rows 0 to 3, and rows 0, 2, 4, 6, fall on different ones.
+// The same for float32, which is read as pairs of rows and pairs of columns: in units of two
+// chunks, four of which span the banks. Rows 0 to 3, and rows 0, 2, 4, 6, fall on different ones.
 template <int kChunks>
 __device__ __forceinline__ int swizzled_pairs(int row, int chunk) {
   constexpr int kUnits = kChunks / 2;
@@ -37,7 +38,8 @@ struct SharedTile {
   unsigned char* data;
 
   __host__ __device__ static constexpr int bytes(int rows) {
-    return rows * kColumns * int(sizeof(T)); }
+    return rows * kColumns * int(sizeof(T));
+  }
 
   __device__ __forceinline__ T* chunk(int row, int index) const {
     const int at =

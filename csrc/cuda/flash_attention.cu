@@ -80,10 +80,7 @@ struct Arguments {
   Arguments(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
             const std::optional<Tensor>& bias_in, const std::optional<Tensor>& cu_seqlens_q,
             const std::optional<Tensor>& cu_seqlens_k, bool causal_in, double scale_in)
-      : bias(bias_in),
-        packed(cu_seqlens_q.has_value()),
-        causal(causal_in),
-        scale(scale_in) {
+      : bias(bias_in), packed(cu_seqlens_q.has_value()), causal(causal_in), scale(scale_in) {
     check_floating(kOp, "q", q_in);
     STD_TORCH_CHECK(packed == cu_seqlens_k.has_value(), kOp,
                     ": cu_seqlens_q and cu_seqlens_k must be given together");
@@ -107,9 +104,13 @@ struct Arguments {
     k = with_aligned_rows(k_in);
     v = with_aligned_rows(v_in);
     head_dim = int(q.size(-1));
-    map = {packed ? 1 : as_int("B", q.size(0)), as_int("H", q.size(-2)),
-           as_int("the number of queries", q.size(-3)), as_int("the number of keys", k.size(-3)),
-           packed ? 0 : 1, nullptr, nullptr};
+    map = {packed ? 1 : as_int("B", q.size(0)),
+           as_int("H", q.size(-2)),
+           as_int("the number of queries", q.size(-3)),
+           as_int("the number of keys", k.size(-3)),
+           packed ? 0 : 1,
+           nullptr,
+           nullptr};
     if (packed) add_sequences(*cu_seqlens_q, *cu_seqlens_k);
     // Packed lengths are on the device: taken to be equal.
     const int share = std::max(map.sequences, 1);
@@ -152,8 +153,12 @@ struct Arguments {
                       " in dimension ", d);
       strides[size_t(at)] = bias->size(d) == 1 ? 0 : bias->stride(d);
     }
-    term = {bias->const_data_ptr(), element_of("bias", *bias), strides[0], strides[1],
-            strides[2],             strides[3]};
+    term = {bias->const_data_ptr(),
+            element_of("bias", *bias),
+            strides[0],
+            strides[1],
+            strides[2],
+            strides[3]};
   }
 };
 
@@ -207,10 +212,12 @@ Tensor bias_gradient(const Arguments& a, const FlashBackward& backward, const La
   return dbias;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    Tensor grad, std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,
-    Tensor lse, std::optional<Tensor> bias, std::optional<Tensor> cu_seqlens_q,
-    std::optional<Tensor> cu_seqlens_k, bool causal, double scale, bool need_dterm) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, std::optional<Tensor> grad_lse,
+                                                    Tensor q, Tensor k, Tensor v, Tensor out,
+                                                    Tensor lse, std::optional<Tensor> bias,
+                                                    std::optional<Tensor> cu_seqlens_q,
+                                                    std::optional<Tensor> cu_seqlens_k, bool causal,
+                                                    double scale, bool need_dterm) {
   const Arguments a(q, k, v, bias, cu_seqlens_q, cu_seqlens_k, causal, scale);
   for (const auto& [arg, t] :
        {std::pair<const char*, const Tensor*>{"grad", &grad}, {"out", &out}}) {

@@ -146,8 +146,8 @@ bool report(const Fiber& f, const char* what, const Fiber* other) {
     const char* does = other->state == State::done         ? "has ended"
                        : other->state == State::at_barrier ? "is at the barrier of"
                                                            : "is at";
-    std::snprintf(text + n, sizeof text - size_t(n), ", thread %u %s %s:%d",
-                  other->thread.thread.x, does, other->site.file, other->site.line);
+    std::snprintf(text + n, sizeof text - size_t(n), ", thread %u %s %s:%d", other->thread.thread.x,
+                  does, other->site.file, other->site.line);
   }
   message = text;
   failed = true;
@@ -201,8 +201,9 @@ bool run_block(std::mt19937_64& random, bool starve) {
     }
     if (!ready.empty()) {
       const size_t drawn = ready[random() % ready.size()];
-      const size_t ahead = *std::max_element(
-          ready.begin(), ready.end(), [&](size_t a, size_t b) { return priority[a] < priority[b]; });
+      const size_t ahead = *std::max_element(ready.begin(), ready.end(), [&](size_t a, size_t b) {
+        return priority[a] < priority[b];
+      });
       if (!step((starve ? ahead : drawn) * 32, random)) return false;
       continue;
     }
@@ -377,8 +378,7 @@ void multiply_tf32_1688_op(void* const (&lanes)[32]) {
   float a[16][8], b[8][8];
   for (int lane = 0; lane < 32; ++lane) {
     const auto* m = static_cast<Multiply*>(lanes[lane]);
-    for (int i = 0; i < 4; ++i)
-      a[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = truncated(m->a[i]);
+    for (int i = 0; i < 4; ++i) a[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = truncated(m->a[i]);
     for (int i = 0; i < 2; ++i) b[lane % 4 + i * 4][lane / 4] = truncated(m->b[i]);
   }
   multiply<8>(lanes, a, b);
@@ -386,9 +386,9 @@ void multiply_tf32_1688_op(void* const (&lanes)[32]) {
 
 bool launch(dim3 grid, dim3 block, size_t bytes, uint64_t seed,
             const std::function<void()>& kernel) {
-  static char* const stacks = static_cast<char*>(
-      mmap(nullptr, kStack * kMaxThreads, PROT_READ | PROT_WRITE,
-           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  static char* const stacks =
+      static_cast<char*>(mmap(nullptr, kStack * kMaxThreads, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   threads = size_t(block.x) * block.y * block.z;
   failed = false;
   message.clear();
@@ -412,13 +412,12 @@ bool launch(dim3 grid, dim3 block, size_t bytes, uint64_t seed,
     std::memset(shared, 0xff, bytes);  // NaN in every float format
     if (__tsan_release) __tsan_release(&body);
     for (size_t i = 0; i < threads; ++i) {
-      fibers[i]->thread = {{unsigned(i % block.x), unsigned(i / block.x % block.y),
-                            unsigned(i / block.x / block.y)},
-                           {unsigned(b % grid.x), unsigned(b / grid.x % grid.y),
-                            unsigned(b / grid.x / grid.y)},
-                           block,
-                           grid,
-                           int(i % 32)};
+      fibers[i]->thread = {
+          {unsigned(i % block.x), unsigned(i / block.x % block.y), unsigned(i / block.x / block.y)},
+          {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)},
+          block,
+          grid,
+          int(i % 32)};
       start(*fibers[i]);
     }
     run_block(random, seed % 2 == 1);

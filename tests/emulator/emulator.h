@@ -1,13 +1,14 @@
 // Runs CUDA kernels on the CPU: every thread of a block is a fiber, blocks run one after another.
 //
-// A kernel header from csrc/ is compiled by g++ with this file included first. A warp runs up to its
-// next warp operation or barrier; which warp and which lane comes next is drawn from a seed, so that
-// a missing barrier shows as wrong numbers. Shared memory starts as NaN, and so does the target of
-// an asynchronous copy until the copy is waited for. What is undefined on a GPU is an error here
-// that names its source line: a barrier or warp operation that not every thread reaches at the same
-// line, shared addresses that are misaligned or outside the launch, copies nobody waits for.
-// Under -fsanitize=thread every fiber is a thread of its own that only barriers synchronise: a race
-// detector for shared memory. What this cannot show: weak memory ordering, the compiler, speed.
+// A kernel header from csrc/ is compiled by g++ with this file included first. A warp runs up to
+// its next warp operation or barrier; which warp and which lane comes next is drawn from a seed, so
+// that a missing barrier shows as wrong numbers. Shared memory starts as NaN, and so does the
+// target of an asynchronous copy until the copy is waited for. What is undefined on a GPU is an
+// error here that names its source line: a barrier or warp operation that not every thread reaches
+// at the same line, shared addresses that are misaligned or outside the launch, copies nobody waits
+// for. Under -fsanitize=thread every fiber is a thread of its own that only barriers synchronise: a
+// race detector for shared memory. What this cannot show: weak memory ordering, the compiler,
+// speed.
 #pragma once
 
 #define VITKIT_EMULATED
@@ -78,7 +79,8 @@ struct Copy {
 };
 void begin_copy(const Copy& copy, Site here);
 void close_copy_group();
-// The next copy to perform until at most `groups` groups are left in flight; false if there is none.
+// The next copy to perform until at most `groups` groups are left in flight; false if there is
+// none.
 bool next_copy(int groups, Copy& copy);
 
 struct Shuffle {

@@ -9,7 +9,7 @@
 using namespace vitkit;
 using namespace vitkit::attention;
 
-// The mutants make do with one.
+// Mutants make do with one head dim and dtype.
 #ifndef EMULATED_HEAD_DIMS
 #define EMULATED_HEAD_DIMS 32, sizeof(T) == 4 ? 96 : 80, 192
 #endif
@@ -28,9 +28,13 @@ const char* with_head_dim(int head_dim, F&& f) {
 
 template <typename F>
 const char* with_kernel(Element element, int head_dim, F&& f) {
-  if (element == Element::f32) return with_head_dim<float>(head_dim, f);
   if (element == Element::bf16) return with_head_dim<__nv_bfloat16>(head_dim, f);
+#ifdef EMULATED_BF16_ONLY
+  return "no such dtype in this driver";
+#else
+  if (element == Element::f32) return with_head_dim<float>(head_dim, f);
   return with_head_dim<__half>(head_dim, f);
+#endif
 }
 
 }  // namespace
@@ -53,8 +57,9 @@ size_t emulated_call_size() { return sizeof(Call); }
 const char* emulated_forward(const Call* call) {
   const auto& b = call->params;
   const ForwardParams<SequenceMap, DenseTerm> p{
-      b.q,        b.k,        b.v,      b.out,   const_cast<float*>(b.lse), b.lse_batch,
-      b.lse_head, b.head_dim, b.causal, b.scale, b.map,                     b.term};
+      b.q,         b.k,        b.v,        b.out,    const_cast<float*>(b.lse),
+      b.lse_batch, b.lse_head, b.head_dim, b.causal, b.scale,
+      b.map,       b.term};
   return with_kernel(call->element, b.head_dim, [&]<typename T, int kHeadDim>() {
     const Stream stream{call->seed};
     if (p.term.data || !(p.scale > 0.f))
