@@ -31,27 +31,27 @@ def cuda_include() -> Path:
 def emulated(driver: str, *, csrc: Path = ROOT / "csrc", flags: tuple[str, ...] = ()) -> Path:
     """The emulated library of ``tests/emulator/<driver>.cpp`` over the kernels in ``csrc``; an
     executable where ``flags`` lack -shared. Only the kernels are compiled with sanitizers."""
+    scheduler = _built("emulator", ["-O2", "-c"], [], [])
+    kernels = [f for folder in ("core", "attention", "cuda") for f in (csrc / folder).glob("*.*h")]
+    include = [f"-I{f}" for f in (csrc, csrc / "core", csrc / "cuda")]
+    return _built(driver, ["-O1", *flags], kernels, [*include, str(scheduler)])
+
+
+def _built(name: str, flags: list[str], sources: list[Path], rest: list[str]) -> Path:
+    """What g++ makes of ``tests/emulator/<name>.cpp``, which depends on the emulator and
+    ``sources``. ``rest`` holds paths, which do not count."""
     include = cuda_include()
-    folders = (EMULATOR, csrc, csrc / "core", csrc / "cuda")
-    command = ["g++", *FLAGS, *(f"-I{f}" for f in folders), f"-isystem{include}"]
-    digest = hashlib.sha256(repr((driver, FLAGS, flags, str(include))).encode())
-    sources = [f for folder in ("core", "attention", "cuda") for f in (csrc / folder).glob("*.*h")]
+    digest = hashlib.sha256(repr((FLAGS, flags, str(include))).encode())
     for source in sorted([*sources, *EMULATOR.glob("*.*")]):
         digest.update(source.name.encode() + source.read_bytes())
-    target = ROOT / "build" / "emulated" / f"{driver}-{digest.hexdigest()[:20]}"
+    target = ROOT / "build" / "emulated" / f"{name}-{digest.hexdigest()[:20]}"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        objects = []
-        for name, options in (("emulator", ["-O2"]), (driver, ["-O1", *flags])):
-            objects.append(target.with_suffix(f".{os.getpid()}.{name}.o"))
-            source = str(EMULATOR / f"{name}.cpp")
-            options = [o for o in options if o != "-shared"]
-            subprocess.run([*command, *options, "-c", source, "-o", str(objects[-1])], check=True)
-        partial = target.with_suffix(f".{os.getpid()}.partial")
-        subprocess.run(["g++", *flags, *map(str, objects), "-o", str(partial)], check=True)
+        partial = target.with_suffix(f".{os.getpid()}")
+        command = ["g++", *FLAGS, *flags, f"-I{EMULATOR}", f"-isystem{include}"]
+        command += [str(EMULATOR / f"{name}.cpp"), *rest, "-o", str(partial)]
+        subprocess.run(command, check=True)
         partial.replace(target)
-        for o in objects:
-            o.unlink()
     return target
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 import subprocess
 
 import pytest
@@ -222,6 +223,17 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_emulated_attention(library, case):
     arguments, making, options = case
     check(library, make(*arguments, **making), **options)
+
+
+def test_emulated_offsets_beyond_32_bits(library):
+    """Tokens 2^30 elements apart, in memory that is mapped and not filled."""
+    stride = 2**30 + 8
+    memory = torch.frombuffer(mmap.mmap(-1, (2 * stride + 256) * 2), dtype=BF16)
+    torch.manual_seed(0)
+    tensors = [memory.as_strided((1, 3, 1, 32), (0, stride, 32, 1), i * 32) for i in range(3)]
+    for t in tensors:
+        t.copy_(torch.randn(t.shape))
+    check(library, [*tensors, None])
 
 
 def test_emulated_lowest_float_bias_attends(library):

@@ -408,7 +408,9 @@ bool launch(dim3 grid, dim3 block, size_t bytes, uint64_t seed,
   const size_t blocks = size_t(grid.x) * grid.y * grid.z;
   for (size_t b = 0; b < blocks && !failed; ++b) {
     // New for every block, of the exact size: the address sanitizer guards its end.
-    shared = static_cast<unsigned char*>(std::aligned_alloc(128, std::max<size_t>(bytes, 1)));
+    void* fresh = nullptr;
+    if (posix_memalign(&fresh, 128, std::max<size_t>(bytes, 1)) != 0) std::abort();
+    shared = static_cast<unsigned char*>(fresh);
     std::memset(shared, 0xff, bytes);  // NaN in every float format
     if (__tsan_release) __tsan_release(&body);
     for (size_t i = 0; i < threads; ++i) {
