@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 import vitkit
-from vitkit import backends
+from vitkit import _library, backends
 
 
 def run_python(code, **environment):
@@ -155,3 +156,30 @@ def test_thread_count_is_torchs(threads):
         torch.set_num_threads(before)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arch", "capability", "runs"),
+    [
+        ("sm_80", (8, 0), True),
+        ("sm_80", (8, 9), True),
+        ("sm_80", (7, 5), False),
+        ("sm_80", (9, 0), False),
+        ("sm_90a", (9, 0), True),
+        ("sm_100", (10, 3), True),
+        ("sm_100", (12, 0), False),
+        ("sm_100a", (10, 3), False),
+    ],
+)
+def test_cuda_code_runs_on_gpus_of_its_own_major_version(arch, capability, runs):
+    assert _library.arch_runs_on(arch, capability) is runs
+
+
+def test_a_gpu_without_kernels_is_refused(monkeypatch):
+    runtime = types.SimpleNamespace(build_facts=lambda: {"cuda_archs": ["sm_80", "sm_90a"]})
+    monkeypatch.setitem(sys.modules, "vitkit._runtime", runtime)
+    monkeypatch.setattr(_library.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "built for sm_80, sm_90a, this GPU is sm_75" in _library._gpu_error()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    assert _library._gpu_error() is None

@@ -7,17 +7,14 @@ compiles. Memory ordering, the compiler and speed need a GPU (``make gpu``).
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from emulation import emulated, mutated
 from numerics import DTYPES, assert_parity, double, eager_group_norm, gradients
 
 from vitkit.ops.group_norm_silu import reference
 
-ROOT = Path(__file__).resolve().parent.parent
 P, I64, F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
@@ -45,24 +42,8 @@ class Call(ctypes.Structure):
     ]
 
 
-def cuda_include() -> Path | None:
-    nvcc = shutil.which("nvcc")
-    candidates = [Path("/usr/local/cuda/include")]
-    if nvcc:
-        candidates.insert(0, Path(nvcc).resolve().parent.parent / "include")
-    return next((c for c in candidates if (c / "cuda_bf16.h").exists()), None)
-
-
-def compile_emulated(target: Path, kernels: Path) -> ctypes.CDLL:
-    include = cuda_include()
-    if include is None:
-        pytest.skip("the CUDA headers are not installed")
-    emulator = ROOT / "tests" / "emulator"
-    flags = ["-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-w", f"-I{emulator}", f"-I{kernels}"]
-    flags += [f"-I{ROOT / 'csrc' / 'core'}", f"-I{include}"]
-    sources = [str(emulator / name) for name in ("emulator.cpp", "group_norm_silu.cpp")]
-    subprocess.run(["g++", *flags, *sources, "-o", str(target)], check=True)
-    library = ctypes.CDLL(str(target))
+def load(path):
+    library = ctypes.CDLL(str(path))
     library.emulated_error.restype = ctypes.c_char_p
     for name in ("emulated_forward", "emulated_backward"):
         getattr(library, name).restype = ctypes.c_bool
@@ -71,9 +52,8 @@ def compile_emulated(target: Path, kernels: Path) -> ctypes.CDLL:
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    target = tmp_path_factory.mktemp("emulated") / "emulated.so"
-    return compile_emulated(target, ROOT / "csrc" / "cuda")
+def library():
+    return load(emulated("group_norm_silu", flags=("-shared",)))
 
 
 def small(t):
@@ -148,9 +128,9 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).remo
 @every_case
 @every_dtype
 @pytest.mark.parametrize("silu", [True, False], ids=["silu", "plain"])
-def test_emulated_forward(emulated, dtype, shape, groups, parts, cached, columns, silu):
+def test_emulated_forward(library, dtype, shape, groups, parts, cached, columns, silu):
     tensors = make(dtype, shape, columns)
-    y, mean, rstd = run(emulated, tensors, groups, silu, parts, cached)
+    y, mean, rstd = run(library, tensors, groups, silu, parts, cached)
     x, w, b, *rest = tensors
     exact = reference(*double(x), groups, *double(w, b), 1e-5, silu, *double(*rest))
     eager = eager_group_norm(x, groups, w, b, 1e-5, silu, *rest)
@@ -163,12 +143,12 @@ def test_emulated_forward(emulated, dtype, shape, groups, parts, cached, columns
 
 @every_case
 @every_dtype
-def test_emulated_backward(emulated, dtype, shape, groups, parts, cached, columns):
+def test_emulated_backward(library, dtype, shape, groups, parts, cached, columns):
     tensors = make(dtype, shape, columns)
     torch.manual_seed(1)
     cotangent = torch.randn(shape).to(dtype)
     cotangent = cotangent.movedim(1, -1).contiguous().movedim(-1, 1) if columns else cotangent
-    got = run(emulated, tensors, groups, True, parts, cached, cotangent=cotangent)
+    got = run(library, tensors, groups, True, parts, cached, cotangent=cotangent)
 
     def of(function):
         return lambda x, w, b, *rest: function(x, groups, w, b, 1e-5, True, *rest)
@@ -181,11 +161,11 @@ def test_emulated_backward(emulated, dtype, shape, groups, parts, cached, column
 
 
 @every_case
-def test_emulated_thread_order_changes_nothing(emulated, shape, groups, parts, cached, columns):
+def test_emulated_thread_order_changes_nothing(library, shape, groups, parts, cached, columns):
     tensors = make(torch.float32, shape, columns)
-    first = run(emulated, tensors, groups, True, parts, cached, seed=1)
+    first = run(library, tensors, groups, True, parts, cached, seed=1)
     for seed in range(2, 8):
-        again = run(emulated, tensors, groups, True, parts, cached, seed=seed)
+        again = run(library, tensors, groups, True, parts, cached, seed=seed)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -213,20 +193,10 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_emulated_mutants_are_caught(mutant, tmp_path, monkeypatch):
+def test_emulated_mutants_are_caught(mutant, tmp_path):
     """Each of these faults, put into the kernel, must fail a test above."""
-    old, new = MUTANTS[mutant]
-    hits = 0
-    for folder, name in (
-        ("cuda", "group_norm_silu.cuh"),
-        ("core", "reduce.cuh"),
-        ("core", "pack.cuh"),
-    ):
-        text = (ROOT / "csrc" / folder / name).read_text()
-        hits += text.count(old)
-        (tmp_path / name).write_text(text.replace(old, new))
-    assert hits == 1, "the mutation no longer fits the source"
-    broken = compile_emulated(tmp_path / "mutant.so", tmp_path)
+    csrc = mutated(tmp_path, *MUTANTS[mutant])
+    broken = load(emulated("group_norm_silu", csrc=csrc, flags=("-shared",)))
     with pytest.raises(AssertionError):
         for case in CASES.values():
             shape, groups, parts, cached, columns = case

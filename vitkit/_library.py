@@ -8,6 +8,7 @@ Nothing is loaded or probed at import: the first call that needs a library loads
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import itertools
@@ -68,7 +69,33 @@ def native_kernel_error(op: str, device_type: str) -> str | None:
     error = native_error(library)
     if error is None and not _has_kernel(f"{op}_fwd", device_type):
         error = f"there is no C++ {op} kernel for {device_type} in {library}"
+    if error is None and device_type == "cuda" and torch.cuda.is_available():
+        error = _gpu_error()
     return error
+
+
+def _gpu_error() -> str | None:
+    """The reason the CUDA kernels cannot run on the current GPU, None if they can."""
+    if importlib.util.find_spec("vitkit._runtime") is None:
+        return None
+    archs = importlib.import_module("vitkit._runtime").build_facts()["cuda_archs"]
+    capability = torch.cuda.get_device_capability()
+    if any(arch_runs_on(arch, capability) for arch in archs):
+        return None
+    return (
+        f"its kernels are built for {', '.join(archs)}, this GPU is sm_{capability[0]}"
+        f"{capability[1]} (build with TORCH_CUDA_ARCH_LIST)"
+    )
+
+
+def arch_runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code for ``arch`` ("sm_80", "sm_90a") runs on a GPU: one of the same major version
+    that is no older, and the very same one where the name ends in a letter."""
+    number = arch.removeprefix("sm_")
+    digits = number.rstrip("af")
+    major, minor = int(digits[:-1]), int(digits[-1])
+    exact = digits != number
+    return major == capability[0] and (minor == capability[1] if exact else minor <= capability[1])
 
 
 def _has_kernel(name: str, device_type: str) -> bool:

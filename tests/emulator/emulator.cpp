@@ -1,13 +1,51 @@
+// The scheduler and the warp operations. Compiled without sanitizers, whose fiber hooks it calls
+// where they are linked in.
 #include "emulator.h"
 
-#include <ucontext.h>
+#undef threadIdx
+#undef blockIdx
+#undef blockDim
+#undef gridDim
+
+#include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdarg>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <random>
 #include <string>
 #include <vector>
+
+extern "C" {
+void* __tsan_create_fiber(unsigned) __attribute__((weak));
+void __tsan_destroy_fiber(void*) __attribute__((weak));
+void __tsan_switch_to_fiber(void*, unsigned) __attribute__((weak));
+void* __tsan_get_current_fiber() __attribute__((weak));
+void __tsan_acquire(void*) __attribute__((weak));
+void __tsan_release(void*) __attribute__((weak));
+void __sanitizer_start_switch_fiber(void**, const void*, size_t) __attribute__((weak));
+void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) __attribute__((weak));
+void emulator_swap(void** from, void* to);
+}
+
+// Saves the callee-saved registers on the stack of one fiber and takes those of another: twenty
+// times cheaper than swapcontext, which asks the kernel for the signal mask.
+#if defined(__x86_64__)
+asm(R"(.text
+.globl emulator_swap
+.type emulator_swap,@function
+emulator_swap:
+  pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
+  movq %rsp, (%rdi); movq %rsi, %rsp
+  popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
+  ret
+.size emulator_swap,.-emulator_swap
+)");
+#else
+#error "the emulator switches fibers on x86-64 only"
+#endif
 
 namespace emulator {
 
@@ -15,130 +53,382 @@ Thread* current = nullptr;
 
 namespace {
 
-constexpr size_t kStack = 128 * 1024;
+constexpr size_t kStack = 256 * 1024;
+constexpr size_t kMaxThreads = 1024;
 
-enum class State { ready, at_barrier, at_shuffle, done };
+enum class State { ready, at_barrier, at_collective, done };
 
 struct Fiber {
   Thread thread;
-  ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStack]};
+  char* stack;
+  void* stack_pointer;
+  void *asan = nullptr, *tsan = nullptr;
   State state = State::ready;
-  uint64_t given = 0, taken = 0;
-  int source = 0;
+  Site site;
+  WarpOp op;
+  void* argument;
+  std::vector<Copy> copies;  // in flight, oldest first
+  std::vector<int> groups;   // how many of them each committed group holds
+  size_t first_copy = 0, first_group = 0;
+  int open = 0;  // in no group yet
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;
+size_t threads = 0;
 Fiber* running = nullptr;
-ucontext_t scheduler;
+void *main_pointer, *main_asan, *main_tsan;
+const void* main_stack;
+size_t main_stack_bytes;
 const std::function<void()>* body = nullptr;
-std::vector<unsigned char> shared;
+unsigned char* shared = nullptr;
+size_t shared_bytes = 0;
+bool failed = false;
 std::string message;
 
-void enter() {
-  (*body)();
-  running->state = State::done;
-  swapcontext(&running->context, &scheduler);
+void switch_to(Fiber* to) {
+  Fiber* const from = running;
+  running = to;
+  current = to ? &to->thread : nullptr;
+  if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(to ? to->tsan : main_tsan, 1);  // no sync
+  void** const mine = from ? &from->asan : &main_asan;
+  if (__sanitizer_start_switch_fiber)
+    __sanitizer_start_switch_fiber(from && from->state == State::done ? nullptr : mine,
+                                   to ? to->stack : main_stack, to ? kStack : main_stack_bytes);
+  emulator_swap(from ? &from->stack_pointer : &main_pointer, to ? to->stack_pointer : main_pointer);
+  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(*mine, nullptr, nullptr);
 }
 
-void wait(State state) {
+void wait(State state, Site here) {
   running->state = state;
-  swapcontext(&running->context, &scheduler);
+  running->site = here;
+  switch_to(nullptr);
+}
+
+void enter() {
+  if (__sanitizer_finish_switch_fiber) {
+    const void* stack;
+    size_t bytes;
+    __sanitizer_finish_switch_fiber(nullptr, &stack, &bytes);
+    if (main_stack == nullptr) main_stack = stack, main_stack_bytes = bytes;
+  }
+  if (__tsan_acquire) __tsan_acquire(&body);
+  (*body)();
+  if (running->first_copy < running->copies.size())
+    fail(running->site, "the thread ends with copies in flight");
+  running->state = State::done;
+  if (__tsan_release) __tsan_release(&body);
+  switch_to(nullptr);
+  std::abort();
 }
 
 void start(Fiber& f) {
-  getcontext(&f.context);
-  f.context.uc_stack.ss_sp = f.stack.get();
-  f.context.uc_stack.ss_size = kStack;
-  f.context.uc_link = nullptr;
-  makecontext(&f.context, enter, 0);
   f.state = State::ready;
+  f.copies.clear();
+  f.groups.clear();
+  f.first_copy = f.first_group = 0;
+  f.open = 0;
+  f.asan = nullptr;
+  f.tsan = __tsan_create_fiber ? __tsan_create_fiber(0) : nullptr;
+  void** top = reinterpret_cast<void**>(f.stack + kStack - 64);
+  *--top = nullptr;
+  *--top = reinterpret_cast<void*>(&enter);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  f.stack_pointer = top;
 }
 
-// Completes the shuffles of warps whose 32 lanes have all arrived.
-bool finish_shuffles(size_t count) {
-  bool any = false;
-  for (size_t first = 0; first < count; first += 32) {
-    const size_t last = std::min(first + 32, count);
-    const bool all = std::all_of(fibers.begin() + long(first), fibers.begin() + long(last),
-                                 [](const auto& f) { return f->state == State::at_shuffle; });
-    if (!all || last - first != 32) continue;
-    for (size_t i = first; i < last; ++i)
-      fibers[i]->taken = fibers[first + size_t(fibers[i]->source)]->given;
-    for (size_t i = first; i < last; ++i) fibers[i]->state = State::ready;
-    any = true;
+// For findings of the scheduler, outside every fiber.
+bool report(const Fiber& f, const char* what, const Fiber* other) {
+  char text[600];
+  int n = std::snprintf(text, sizeof text, "%s:%d: block %u,%u,%u thread %u %s", f.site.file,
+                        f.site.line, f.thread.block.x, f.thread.block.y, f.thread.block.z,
+                        f.thread.thread.x, what);
+  if (other) {
+    const char* does = other->state == State::done         ? "has ended"
+                       : other->state == State::at_barrier ? "is at the barrier of"
+                                                           : "is at";
+    std::snprintf(text + n, sizeof text - size_t(n), ", thread %u %s %s:%d", other->thread.thread.x,
+                  does, other->site.file, other->site.line);
   }
-  return any;
+  message = text;
+  failed = true;
+  return false;
 }
 
-bool run_block(size_t count, std::mt19937_64& random) {
-  std::vector<size_t> order(count);
-  for (size_t i = 0; i < count; ++i) order[i] = i;
+// Runs every lane of a warp to its next operation and performs that, if it is one of the warp.
+bool step(size_t first, std::mt19937_64& random) {
+  const size_t turn = random() % 32, stride = random() % 16 * 2 + 1;
+  for (size_t i = 0; i < 32; ++i) {
+    const size_t lane = first + (turn + i * stride) % 32;
+    if (lane >= threads || fibers[lane]->state != State::ready) continue;
+    switch_to(fibers[lane].get());
+    if (failed) return false;
+  }
+  const size_t last = std::min(first + 32, threads);
+  const Fiber* at = nullptr;
+  for (size_t i = first; i < last; ++i)
+    if (fibers[i]->state == State::at_collective) at = fibers[i].get();
+  if (at == nullptr) return true;
+  void* arguments[32];
+  for (size_t i = first; i < last; ++i) {
+    const Fiber& f = *fibers[i];
+    if (f.state != State::at_collective || f.op != at->op || !(f.site == at->site))
+      return report(*at, "is in a warp operation", &f);
+    arguments[i - first] = f.argument;
+  }
+  if (last - first != 32) return report(*at, "is in a warp operation of a part of a warp", nullptr);
+  at->op(arguments);
+  for (size_t i = first; i < last; ++i) fibers[i]->state = State::ready;
+  return true;
+}
+
+bool run_block(std::mt19937_64& random, bool starve) {
+  const size_t warps = (threads + 31) / 32;
+  std::vector<uint64_t> priority(warps);
+  for (uint64_t& p : priority) p = random();
   for (;;) {
-    std::shuffle(order.begin(), order.end(), random);
-    bool progress = false;
-    for (const size_t i : order) {
-      if (fibers[i]->state != State::ready) continue;
-      running = fibers[i].get();
-      current = &running->thread;
-      swapcontext(&scheduler, &running->context);
-      progress = true;
+    const Fiber* ended = nullptr;
+    const Fiber* waits = nullptr;
+    std::vector<size_t> ready;
+    for (size_t w = 0; w < warps; ++w) {
+      const Fiber& f = *fibers[w * 32];
+      const auto begin = fibers.begin() + long(w * 32);
+      const auto end = fibers.begin() + long(std::min(w * 32 + 32, threads));
+      if (std::any_of(begin, end, [](const auto& o) { return o->state == State::ready; })) {
+        ready.push_back(w);
+      } else {
+        (f.state == State::done ? ended : waits) = &f;
+      }
     }
-    progress |= finish_shuffles(count);
-    size_t done = 0, waiting = 0;
-    for (size_t i = 0; i < count; ++i) {
-      done += fibers[i]->state == State::done;
-      waiting += fibers[i]->state == State::at_barrier;
-    }
-    if (done == count) return true;
-    if (waiting == count) {
-      for (size_t i = 0; i < count; ++i) fibers[i]->state = State::ready;
+    if (!ready.empty()) {
+      const size_t drawn = ready[random() % ready.size()];
+      const size_t ahead = *std::max_element(ready.begin(), ready.end(), [&](size_t a, size_t b) {
+        return priority[a] < priority[b];
+      });
+      if (!step((starve ? ahead : drawn) * 32, random)) return false;
       continue;
     }
-    if (!progress) {
-      message = "deadlock: " + std::to_string(waiting) + " threads at a barrier, " +
-                std::to_string(done) + " ended, the others in a shuffle their warp does not share";
-      return false;
-    }
+    if (waits == nullptr) return true;
+    for (size_t i = 0; i < threads; ++i)
+      if (fibers[i]->state != State::at_barrier || !(fibers[i]->site == waits->site))
+        return report(*waits, "waits at a barrier", fibers[i].get());
+    for (size_t i = 0; i < threads; ++i) fibers[i]->state = State::ready;
   }
 }
 
 }  // namespace
 
-unsigned char* dynamic_shared() { return shared.data(); }
-
-void barrier() { wait(State::at_barrier); }
-
-uint64_t exchange(uint64_t value, int source) {
-  running->given = value;
-  running->source = source;
-  wait(State::at_shuffle);
-  return running->taken;
+void fail(Site here, const char* format, ...) {
+  char text[400];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  running->site = here;
+  report(*running, text, nullptr);
+  running->state = State::done;
+  switch_to(nullptr);
+  std::abort();
 }
 
-bool launch(dim3 grid, dim3 block, size_t shared_bytes, uint64_t seed,
+unsigned char* dynamic_shared() { return shared; }
+uint32_t dynamic_shared_bytes() { return uint32_t(shared_bytes); }
+
+unsigned char* shared_at(uint32_t address, uint32_t bytes, Site here) {
+  if (address % bytes) fail(here, "misaligned shared address %u, %u bytes", address, bytes);
+  if (uint64_t(address) + bytes > shared_bytes)
+    fail(here, "shared address %u, %u bytes: the launch has %zu", address, bytes, shared_bytes);
+  return shared + address;
+}
+
+void barrier(Site here) {
+  if (__tsan_release) __tsan_release(shared);
+  wait(State::at_barrier, here);
+  if (__tsan_acquire) __tsan_acquire(shared);
+}
+
+void collective(WarpOp op, void* argument, bool orders, Site here) {
+  running->op = op;
+  running->argument = argument;
+  void* const warp = fibers[running->thread.thread.x / 32 * 32].get();
+  if (orders && __tsan_release) __tsan_release(warp);
+  wait(State::at_collective, here);
+  if (orders && __tsan_acquire) __tsan_acquire(warp);
+}
+
+void begin_copy(const Copy& copy, Site here) {
+  running->site = here;
+  running->copies.push_back(copy);
+  ++running->open;
+}
+
+void close_copy_group() {
+  running->groups.push_back(running->open);
+  running->open = 0;
+}
+
+bool next_copy(int groups, Copy& copy) {
+  Fiber& f = *running;
+  while (f.groups.size() - f.first_group > size_t(groups)) {
+    if (f.groups[f.first_group]-- > 0) {
+      copy = f.copies[f.first_copy++];
+      return true;
+    }
+    ++f.first_group;
+  }
+  return false;
+}
+
+// ---- warp operations, laid out as the PTX manual's figures have it
+
+void nothing_op(void* const (&)[32]) {}
+
+void shuffle_op(void* const (&lanes)[32]) {
+  uint64_t values[32];
+  for (int i = 0; i < 32; ++i) values[i] = static_cast<Shuffle*>(lanes[i])->value;
+  for (int i = 0; i < 32; ++i) {
+    auto* s = static_cast<Shuffle*>(lanes[i]);
+    s->value = values[s->source & 31];
+  }
+}
+
+template <bool kTransposed>
+void load_matrix_op(void* const (&lanes)[32]) {
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      const auto element = [&](int row, int column) {
+        return uint32_t(static_cast<LoadMatrix*>(lanes[matrix * 8 + row])->row[column]);
+      };
+      const int row = lane / 4, column = lane % 4 * 2;
+      const uint32_t low = kTransposed ? element(column, row) : element(row, column);
+      const uint32_t high = kTransposed ? element(column + 1, row) : element(row, column + 1);
+      static_cast<LoadMatrix*>(lanes[lane])->out[matrix] = low | high << 16;
+    }
+  }
+}
+template void load_matrix_op<false>(void* const (&)[32]);
+template void load_matrix_op<true>(void* const (&)[32]);
+
+namespace {
+
+template <typename T>
+float widen(uint32_t bits);
+template <>
+float widen<__nv_bfloat16>(uint32_t bits) {
+  bits <<= 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+template <>
+float widen<__half>(uint32_t bits) {
+  static const std::vector<float> values = [] {
+    std::vector<float> all(1 << 16);
+    for (uint32_t i = 0; i < all.size(); ++i) {
+      const int exponent = int(i >> 10 & 31), fraction = int(i & 1023);
+      const float magnitude = exponent == 31  ? (fraction ? NAN : INFINITY)
+                              : exponent == 0 ? std::ldexp(float(fraction), -24)
+                                              : std::ldexp(float(1024 + fraction), exponent - 25);
+      all[i] = i >> 15 ? -magnitude : magnitude;
+    }
+    return all;
+  }();
+  return values[bits & 0xffff];
+}
+
+// The tensor core does not read the low 13 bits of a tf32.
+float truncated(uint32_t bits) {
+  bits &= 0xffffe000u;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+template <int kDepth>
+void multiply(void* const (&lanes)[32], const float (&a)[16][kDepth], const float (&b)[kDepth][8]) {
+  float c[16][8] = {};
+  for (int m = 0; m < 16; ++m)
+    for (int k = 0; k < kDepth; ++k)
+      for (int n = 0; n < 8; ++n) c[m][n] += a[m][k] * b[k][n];
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i)
+      static_cast<Multiply*>(lanes[lane])->d[i] += c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+}
+
+}  // namespace
+
+template <typename T>
+void multiply_16816_op(void* const (&lanes)[32]) {
+  float a[16][16], b[16][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto* m = static_cast<Multiply*>(lanes[lane]);
+    const int group = lane / 4, pair = lane % 4 * 2;
+    for (int half = 0; half < 2; ++half) {
+      for (int i = 0; i < 4; ++i)
+        a[group + i % 2 * 8][pair + half + i / 2 * 8] = widen<T>(m->a[i] >> 16 * half & 0xffff);
+      for (int i = 0; i < 2; ++i)
+        b[pair + half + i * 8][group] = widen<T>(m->b[i] >> 16 * half & 0xffff);
+    }
+  }
+  multiply<16>(lanes, a, b);
+}
+template void multiply_16816_op<__nv_bfloat16>(void* const (&)[32]);
+template void multiply_16816_op<__half>(void* const (&)[32]);
+
+void multiply_tf32_1688_op(void* const (&lanes)[32]) {
+  float a[16][8], b[8][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto* m = static_cast<Multiply*>(lanes[lane]);
+    for (int i = 0; i < 4; ++i) a[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = truncated(m->a[i]);
+    for (int i = 0; i < 2; ++i) b[lane % 4 + i * 4][lane / 4] = truncated(m->b[i]);
+  }
+  multiply<8>(lanes, a, b);
+}
+
+bool launch(dim3 grid, dim3 block, size_t bytes, uint64_t seed,
             const std::function<void()>& kernel) {
-  const size_t count = size_t(block.x) * block.y * block.z;
-  while (fibers.size() < count) fibers.push_back(std::make_unique<Fiber>());
+  static char* const stacks =
+      static_cast<char*>(mmap(nullptr, kStack * kMaxThreads, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  threads = size_t(block.x) * block.y * block.z;
+  failed = false;
+  message.clear();
+  if (threads > kMaxThreads || bytes > 227 * 1024) {
+    message = "the launch has more threads or shared memory than a GPU";
+    return false;
+  }
+  while (fibers.size() < threads) {
+    fibers.push_back(std::make_unique<Fiber>());
+    fibers.back()->stack = stacks + (fibers.size() - 1) * kStack;
+  }
   std::mt19937_64 random(seed);
   body = &kernel;
-  message.clear();
-  for (unsigned z = 0; z < grid.z; ++z)
-    for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        shared.assign(shared_bytes, 0xff);  // NaN in every float format
-        for (size_t i = 0; i < count; ++i) {
-          fibers[i]->thread = {{unsigned(i % block.x), unsigned(i / block.x % block.y),
-                                unsigned(i / block.x / block.y)},
-                               {x, y, z},
-                               block,
-                               grid,
-                               int(i % 32)};
-          start(*fibers[i]);
-        }
-        if (!run_block(count, random)) return false;
-      }
-  return true;
+  main_stack = nullptr;
+  main_tsan = __tsan_get_current_fiber ? __tsan_get_current_fiber() : nullptr;
+  shared_bytes = bytes;
+  const size_t blocks = size_t(grid.x) * grid.y * grid.z;
+  for (size_t b = 0; b < blocks && !failed; ++b) {
+    // New for every block, of the exact size: the address sanitizer guards its end.
+    void* fresh = nullptr;
+    if (posix_memalign(&fresh, 128, std::max<size_t>(bytes, 1)) != 0) std::abort();
+    shared = static_cast<unsigned char*>(fresh);
+    std::memset(shared, 0xff, bytes);  // NaN in every float format
+    if (__tsan_release) __tsan_release(&body);
+    for (size_t i = 0; i < threads; ++i) {
+      fibers[i]->thread = {
+          {unsigned(i % block.x), unsigned(i / block.x % block.y), unsigned(i / block.x / block.y)},
+          {unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)},
+          block,
+          grid,
+          int(i % 32)};
+      start(*fibers[i]);
+    }
+    run_block(random, seed % 2 == 1);
+    if (__tsan_acquire) __tsan_acquire(&body);
+    if (__tsan_destroy_fiber)
+      for (size_t i = 0; i < threads; ++i) __tsan_destroy_fiber(fibers[i]->tsan);
+    std::free(shared);
+  }
+  return !failed;
 }
 
 const char* error() { return message.c_str(); }

@@ -1,0 +1,338 @@
+// Attention backward. Weights are computed again from lse; ds = p (dp - delta), with dp = grad v^T
+// and delta = sum_d grad * out - grad_lse. One kernel owns queries and sums dq over keys, one owns
+// keys and sums dk and dv over queries: seven products where five would do, but no atomics and no
+// buffer of partial sums, so that results are the same on every run.
+#pragma once
+
+#include <algorithm>
+
+#include "launch_kernel.cuh"
+#include "mainloop.cuh"
+#include "tiles.h"
+
+namespace vitkit::attention {
+
+template <typename Map, typename Term>
+struct BackwardParams {
+  Rows q, k, v, out, grad;
+  Rows dq, dk, dv;
+  const float* lse;       // [batch, head, token]
+  const float* grad_lse;  // by strides; null: none
+  float* delta;           // laid out as lse
+  int64_t lse_batch, lse_head;
+  int64_t grad_lse_batch, grad_lse_head, grad_lse_token;
+  int head_dim;
+  bool causal;
+  float scale;       // of the scores, times log2(e)
+  float grad_scale;  // of dq and dk: the scale itself
+  Map map;
+  Term term;
+};
+
+template <typename Map>
+BackwardParams<Map, NoTerm> without_term(const BackwardParams<Map, DenseTerm>& p) {
+  return {p.q,
+          p.k,
+          p.v,
+          p.out,
+          p.grad,
+          p.dq,
+          p.dk,
+          p.dv,
+          p.lse,
+          p.grad_lse,
+          p.delta,
+          p.lse_batch,
+          p.lse_head,
+          p.grad_lse_batch,
+          p.grad_lse_head,
+          p.grad_lse_token,
+          p.head_dim,
+          p.causal,
+          p.scale,
+          p.grad_scale,
+          p.map,
+          NoTerm{}};
+}
+
+// A row a warp.
+template <typename T, typename Map, typename Term>
+__global__ void __launch_bounds__(128)
+    attention_delta_kernel(const __grid_constant__ BackwardParams<Map, Term> p) {
+  const int warps = int(blockDim.x) / kWarp;
+  const Span span = p.map.span(blockIdx.x, 32, false);
+  const int end = min(span.first + 32, span.n_q);
+  for (int i = span.first + int(threadIdx.x) / kWarp; i < end; i += warps) {
+    const int64_t token = p.map.query(span, i);
+    const T* const grad = p.grad.template plane<const T>(span) + token * p.grad.token;
+    const T* const out = p.out.template plane<const T>(span) + token * p.out.token;
+    float sum = 0.f;
+    for (int c = lane_id() * 8; c < p.head_dim; c += kWarp * 8) {
+#pragma unroll
+      for (int part = 0; part < 8; part += kFullPack<T>) {
+        const auto g = Pack<T, kFullPack<T>>::load(grad + c + part);
+        const auto o = Pack<T, kFullPack<T>>::load(out + c + part);
+#pragma unroll
+        for (int j = 0; j < kFullPack<T>; ++j) sum += g.get(j) * o.get(j);
+      }
+    }
+    sum = warp_sum(sum);
+    if (p.grad_lse)
+      sum -= p.grad_lse[span.batch * p.grad_lse_batch + span.head * p.grad_lse_head +
+                        token * p.grad_lse_token];
+    if (lane_id() == 0) p.delta[span.batch * p.lse_batch + span.head * p.lse_head + token] = sum;
+  }
+}
+
+// lse (in log2) and delta of a query: where it attends nothing or does not exist, those by which
+// every weight and every ds is 0.
+struct Statistics {
+  float lse = INFINITY, delta = 0.f;
+
+  template <typename P>
+  __device__ __forceinline__ void load(const P& p, const Span& span, int query) {
+    if (query >= span.n_q) return;
+    const int64_t at = span.batch * p.lse_batch + span.head * p.lse_head + p.map.query(span, query);
+    const float value = p.lse[at];
+    if (value == -INFINITY) return;
+    lse = value * kLog2e;
+    delta = p.delta[at];
+  }
+};
+
+// Scores to weights p, dp to ds, for a row tile of a warp. `row` and `column` are those of the
+// lane's first element; `of` gives the statistics of element (n, i).
+template <bool kTransposed, int kTiles, typename P, typename Of>
+__device__ __forceinline__ void score_gradients(float (&s)[kTiles][4], float (&dp)[kTiles][4],
+                                                const P& p, const Span& span, int row, int column,
+                                                Of&& of) {
+  constexpr bool kActive = decltype(p.term)::kActive;
+  if constexpr (kActive) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] *= p.scale;
+    p.term.template add<kTransposed>(s, span, row, column);
+  }
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = row + i / 2 * 8, c = column + n * 8 + i % 2;
+      const int query = kTransposed ? c : r, key = kTransposed ? r : c;
+      const Statistics statistics = of(n, i);
+      float x = s[n][i] * (kActive ? 1.f : p.scale) - statistics.lse;
+      // At most 0 but for rounding, which is without bounds where a term of -1e38 is part of lse.
+      if (kActive && x > 0.f) x = 0.f;
+      const bool attends = key < span.n_k && !(p.causal && key > query);
+      s[n][i] = attends ? ptx::exp2_approx(x) : 0.f;
+      dp[n][i] = s[n][i] * (dp[n][i] - statistics.delta);
+    }
+}
+
+// Columns of dq, or of dk and dv, that a block sums: with the scores, their accumulators are most
+// of its registers. Wider rows take several blocks, which compute the same weights.
+template <typename T, int kHeadDim>
+constexpr int kQueryColumns = sizeof(T) == 4 && kHeadDim > 128 ? kHeadDim / 2 : kHeadDim;
+template <typename T, int kHeadDim>
+constexpr int kKeyColumns = sizeof(T) == 4 ? (kHeadDim <= 64       ? kHeadDim
+                                              : kHeadDim % 64 == 0 ? 64
+                                                                   : 48)
+                                           : (kHeadDim <= 128 ? kHeadDim : kHeadDim / 2);
+
+template <typename T, int kHeadDim, typename Map, typename Term>
+__global__ void __launch_bounds__(128)
+    attention_bwd_dq_kernel(const __grid_constant__ BackwardParams<Map, Term> p) {
+  using M = Mma<T>;
+  using Shared = SharedTile<T, kHeadDim>;
+  constexpr Tile kTile = kBackwardTile<T, kHeadDim>;
+  constexpr int kKeys = kTile.others, kStages = kTile.stages, kTiles = kKeys / 8;
+  constexpr int kColumns = kQueryColumns<T, kHeadDim>, kSlices = kHeadDim / kColumns;
+  VITKIT_DYNAMIC_SHARED(memory);
+
+  const int rows = int(blockDim.x) / kWarp * 16;
+  const Span span = p.map.span(blockIdx.x / kSlices, rows, false);
+  const int column = int(blockIdx.x % kSlices) * kColumns;
+  if (span.first >= span.n_q || column >= p.head_dim) return;
+  const Shared q{memory}, grad{memory + Shared::bytes(rows)};
+  const auto keys = [&](int stage) {
+    return Shared{memory + Shared::bytes(2 * rows + 2 * stage * kKeys)};
+  };
+  const auto values = [&](int stage) {
+    return Shared{memory + Shared::bytes(2 * rows + (2 * stage + 1) * kKeys)};
+  };
+  const auto query_token = [&](int i) { return p.map.query(span, i); };
+  const auto key_token = [&](int i) { return p.map.key(span, i); };
+  const T* const k_plane = p.k.template plane<const T>(span);
+  const T* const v_plane = p.v.template plane<const T>(span);
+  const int n_k = p.causal ? min(span.n_k, span.first + rows) : span.n_k;
+  const int steps = (n_k + kKeys - 1) / kKeys;
+  const auto load_step = [&](int step) {
+    if (step < steps) {
+      const int first = step * kKeys, stage = step % kStages;
+      load_rows(keys(stage), k_plane, p.k.token, first, kKeys, n_k, p.head_dim, key_token);
+      load_rows(values(stage), v_plane, p.v.token, first, kKeys, n_k, p.head_dim, key_token);
+    }
+    ptx::copy_commit();
+  };
+  load_rows(q, p.q.template plane<const T>(span), p.q.token, span.first, rows, span.n_q, p.head_dim,
+            query_token);
+  load_rows(grad, p.grad.template plane<const T>(span), p.grad.token, span.first, rows, span.n_q,
+            p.head_dim, query_token);
+#pragma unroll
+  for (int step = 0; step < kStages - 1; ++step) load_step(step);
+
+  const int warp_row = int(threadIdx.x) / kWarp * 16, first_row = span.first + warp_row;
+  const int row = first_row + lane_id() / 4, pair = lane_id() % 4 * 2;
+  const int end = first_row >= span.n_q ? 0 : p.causal ? min(n_k, first_row + 16) : n_k;
+  Statistics of_row[2];
+  of_row[0].load(p, span, row);
+  of_row[1].load(p, span, row + 8);
+  float dq[1][kColumns / 8][4] = {};
+
+  for (int step = 0; step < steps; ++step) {
+    ptx::copy_wait<kStages - 2>();
+    __syncthreads();
+    load_step(step + kStages - 1);
+    const int first = step * kKeys, valid = min(end - first, kKeys), stage = step % kStages;
+    if (valid <= 0) continue;
+    float s[1][kTiles][4] = {}, dp[1][kTiles][4] = {};
+    multiply_rows<false>(
+        s, [&](int, int k) { return M::load_a(q, warp_row, k * M::kDepth); }, keys(stage), valid);
+    multiply_rows<false>(
+        dp, [&](int, int k) { return M::load_a(grad, warp_row, k * M::kDepth); }, values(stage),
+        valid);
+    score_gradients<false>(s[0], dp[0], p, span, row, first + pair,
+                           [&](int, int i) { return of_row[i / 2]; });
+    multiply_columns<false>(dq, dp, keys(stage), column, valid);
+  }
+
+  ptx::copy_wait<0>();
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) dq[0][n][i] *= p.grad_scale;
+  store_rows(dq, q, warp_row, p.dq.template plane<T>(span), p.dq.token, first_row, span.n_q, column,
+             p.head_dim, query_token);
+}
+
+// Rows are keys here: scores are those of the transposed tile.
+template <typename T, int kHeadDim, typename Map, typename Term>
+__global__ void __launch_bounds__(128)
+    attention_bwd_dkv_kernel(const __grid_constant__ BackwardParams<Map, Term> p) {
+  using M = Mma<T>;
+  using Shared = SharedTile<T, kHeadDim>;
+  constexpr Tile kTile = kBackwardTile<T, kHeadDim>;
+  constexpr int kQueries = kTile.others, kStages = kTile.stages, kTiles = kQueries / 8;
+  constexpr int kColumns = kKeyColumns<T, kHeadDim>, kSlices = kHeadDim / kColumns;
+  static_assert(kSlices * kColumns == kHeadDim);
+  VITKIT_DYNAMIC_SHARED(memory);
+
+  const int rows = int(blockDim.x) / kWarp * 16;
+  const Span span = p.map.span(blockIdx.x / kSlices, rows, true);
+  const int column = int(blockIdx.x % kSlices) * kColumns;
+  if (span.first >= span.n_k || column >= p.head_dim) return;
+  const Shared k{memory}, v{memory + Shared::bytes(rows)};
+  const auto queries = [&](int stage) {
+    return Shared{memory + Shared::bytes(2 * rows + 2 * stage * kQueries)};
+  };
+  const auto grads = [&](int stage) {
+    return Shared{memory + Shared::bytes(2 * rows + (2 * stage + 1) * kQueries)};
+  };
+  const auto query_token = [&](int i) { return p.map.query(span, i); };
+  const auto key_token = [&](int i) { return p.map.key(span, i); };
+  const T* const q_plane = p.q.template plane<const T>(span);
+  const T* const grad_plane = p.grad.template plane<const T>(span);
+  const int begin = p.causal ? span.first / kQueries : 0;
+  const int steps = (span.n_q + kQueries - 1) / kQueries;
+  const auto load_step = [&](int step) {
+    if (step < steps) {
+      const int first = step * kQueries, stage = step % kStages;
+      load_rows(queries(stage), q_plane, p.q.token, first, kQueries, span.n_q, p.head_dim,
+                query_token);
+      load_rows(grads(stage), grad_plane, p.grad.token, first, kQueries, span.n_q, p.head_dim,
+                query_token);
+    }
+    ptx::copy_commit();
+  };
+  load_rows(k, p.k.template plane<const T>(span), p.k.token, span.first, rows, span.n_k, p.head_dim,
+            key_token);
+  load_rows(v, p.v.template plane<const T>(span), p.v.token, span.first, rows, span.n_k, p.head_dim,
+            key_token);
+#pragma unroll
+  for (int step = 0; step < kStages - 1; ++step) load_step(begin + step);
+
+  const int warp_row = int(threadIdx.x) / kWarp * 16, first_row = span.first + warp_row;
+  const int row = first_row + lane_id() / 4, pair = lane_id() % 4 * 2;
+  const bool idle = first_row >= span.n_k;
+  float dk[1][kColumns / 8][4] = {}, dv[1][kColumns / 8][4] = {};
+
+  for (int step = begin; step < steps; ++step) {
+    ptx::copy_wait<kStages - 2>();
+    __syncthreads();
+    load_step(step + kStages - 1);
+    const int first = step * kQueries, valid = min(span.n_q - first, kQueries);
+    const int stage = step % kStages;
+    if (idle || (p.causal && first + kQueries <= first_row)) continue;
+    Statistics of_column[kTiles][2];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) of_column[n][i].load(p, span, first + n * 8 + pair + i);
+    float s[1][kTiles][4] = {}, dp[1][kTiles][4] = {};
+    multiply_rows<false>(
+        s, [&](int, int d) { return M::load_a(k, warp_row, d * M::kDepth); }, queries(stage),
+        valid);
+    multiply_rows<false>(
+        dp, [&](int, int d) { return M::load_a(v, warp_row, d * M::kDepth); }, grads(stage), valid);
+    score_gradients<true>(s[0], dp[0], p, span, row, first + pair,
+                          [&](int n, int i) { return of_column[n][i % 2]; });
+    multiply_columns<false>(dv, s, grads(stage), column, valid);
+    multiply_columns<false>(dk, dp, queries(stage), column, valid);
+  }
+
+  ptx::copy_wait<0>();
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) dk[0][n][i] *= p.grad_scale;
+  store_rows(dk, k, warp_row, p.dk.template plane<T>(span), p.dk.token, first_row, span.n_k, column,
+             p.head_dim, key_token);
+  store_rows(dv, v, warp_row, p.dv.template plane<T>(span), p.dv.token, first_row, span.n_k, column,
+             p.head_dim, key_token);
+}
+
+// delta, dq, dk and dv. `rows_q`, `rows_k`: of the longest sequence, as far as is known.
+template <typename T, int kHeadDim, typename Map, typename Term>
+const char* launch_backward(const BackwardParams<Map, Term>& p, int rows_q, int rows_k,
+                            Stream stream) {
+  constexpr Tile kTile = kBackwardTile<T, kHeadDim>;
+  static_assert(kTile.stages >= 2 && kTile.warps * kWarp <= 128);
+  const auto warps_of = [&](int rows) { return std::clamp((rows + 15) / 16, 1, kTile.warps); };
+  const auto shared_of = [&](int warps) {
+    return SharedTile<T, kHeadDim>::bytes(2 * 16 * warps + 2 * kTile.stages * kTile.others);
+  };
+  const int warps_q = warps_of(rows_q), warps_k = warps_of(rows_k);
+  const int64_t delta_blocks = p.map.blocks(32, false);
+  const int64_t dq_blocks =
+      p.map.blocks(16 * warps_q, false) * (kHeadDim / kQueryColumns<T, kHeadDim>);
+  const int64_t dkv_blocks =
+      p.map.blocks(16 * warps_k, true) * (kHeadDim / kKeyColumns<T, kHeadDim>);
+  if (std::max({delta_blocks, dq_blocks, dkv_blocks}) > 0x7fffffff)
+    return "more than 2^31 - 1 blocks";
+  const char* error = nullptr;
+  if (delta_blocks > 0)
+    error = launch_kernel(&attention_delta_kernel<T, Map, Term>, unsigned(delta_blocks), 128, 0,
+                          stream, p);
+  if (!error && dq_blocks > 0)
+    error = launch_kernel(&attention_bwd_dq_kernel<T, kHeadDim, Map, Term>, unsigned(dq_blocks),
+                          warps_q * kWarp, shared_of(warps_q), stream, p);
+  if (!error && dkv_blocks > 0)
+    error = launch_kernel(&attention_bwd_dkv_kernel<T, kHeadDim, Map, Term>, unsigned(dkv_blocks),
+                          warps_k * kWarp, shared_of(warps_k), stream, p);
+  return error;
+}
+
+}  // namespace vitkit::attention

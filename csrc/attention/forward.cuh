@@ -1,0 +1,229 @@
+// Attention forward: online softmax over tiles of keys. A warp keeps its scores, weights and
+// outputs in registers; keys and values come by asynchronous copies, a stage ahead.
+#pragma once
+
+#include <algorithm>
+
+#include "launch_kernel.cuh"
+#include "mainloop.cuh"
+#include "tiles.h"
+
+namespace vitkit::attention {
+
+template <typename Map, typename Term>
+struct ForwardParams {
+  Rows q, k, v, out;
+  float* lse;  // [batch, head, token]
+  int64_t lse_batch, lse_head;
+  int head_dim;
+  bool causal;
+  float scale;  // times log2(e); above 0 without a term
+  Map map;
+  Term term;
+};
+
+template <typename Map>
+ForwardParams<Map, NoTerm> without_term(const ForwardParams<Map, DenseTerm>& p) {
+  return {p.q,        p.k,        p.v,      p.out,   p.lse, p.lse_batch,
+          p.lse_head, p.head_dim, p.causal, p.scale, p.map, NoTerm{}};
+}
+
+// Maximum and sum of exp2 of the scores of a lane's rows.
+template <int kRowTiles>
+struct OnlineSoftmax {
+  float peak[kRowTiles][2], total[kRowTiles][2];
+
+  __device__ __forceinline__ OnlineSoftmax() {
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) peak[r][half] = -INFINITY, total[r][half] = 0.f;
+  }
+
+  // Turns scores into weights, and scales what was accumulated under another maximum.
+  template <int kTiles, int kOut>
+  __device__ __forceinline__ void update(float (&s)[kRowTiles][kTiles][4],
+                                         float (&out)[kRowTiles][kOut][4], float factor) {
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float top = peak[r][half];
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+          top = fmaxf(top, fmaxf(s[r][n][half * 2], s[r][n][half * 2 + 1]));
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+        const float base = top == -INFINITY ? 0.f : top * factor;
+        const float keep = ptx::exp2_approx(peak[r][half] * factor - base);
+        peak[r][half] = top;
+        float sum = 0.f;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+          for (int i = half * 2; i < half * 2 + 2; ++i) {
+            s[r][n][i] = ptx::exp2_approx(s[r][n][i] * factor - base);
+            sum += s[r][n][i];
+          }
+        total[r][half] = total[r][half] * keep + sum;
+#pragma unroll
+        for (int n = 0; n < kOut; ++n) {
+          out[r][n][half * 2] *= keep;
+          out[r][n][half * 2 + 1] *= keep;
+        }
+      }
+  }
+
+  // Divides by the sums and returns lse, natural log. Rows that attended nothing: 0 and -inf.
+  template <int kOut>
+  __device__ __forceinline__ float finish(float (&out)[kRowTiles][kOut][4], int r, int half,
+                                          float factor) {
+    float sum = total[r][half];
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    const float inverse = sum == 0.f ? 0.f : 1.f / sum;
+#pragma unroll
+    for (int n = 0; n < kOut; ++n) {
+      out[r][n][half * 2] *= inverse;
+      out[r][n][half * 2 + 1] *= inverse;
+    }
+    return sum == 0.f ? -INFINITY : peak[r][half] * factor * kLn2 + logf(sum);
+  }
+};
+
+template <typename T, int kHeadDim, typename Map, typename Term>
+__global__ void __launch_bounds__(128)
+    attention_fwd_kernel(const __grid_constant__ ForwardParams<Map, Term> p) {
+  using M = Mma<T>;
+  using Shared = SharedTile<T, kHeadDim>;
+  constexpr Tile kTile = kForwardTile<T, kHeadDim>;
+  constexpr int kRowTiles = kTile.row_tiles, kKeys = kTile.others, kStages = kTile.stages;
+  constexpr int kTiles = kKeys / 8, kOut = kHeadDim / 8, kSteps = kHeadDim / M::kDepth;
+  // Queries stay in registers where those of scores, outputs and a term leave room.
+  constexpr bool kHold = sizeof(T) == 2 && kRowTiles * kHeadDim <= (Term::kActive ? 96 : 128);
+  VITKIT_DYNAMIC_SHARED(memory);
+
+  const int rows = int(blockDim.x) / kWarp * 16 * kRowTiles;
+  const Span span = p.map.span(blockIdx.x, rows, false);
+  if (span.first >= span.n_q) return;
+  const Shared q{memory};
+  const auto keys = [&](int stage) {
+    return Shared{memory + Shared::bytes(rows + 2 * stage * kKeys)};
+  };
+  const auto values = [&](int stage) {
+    return Shared{memory + Shared::bytes(rows + (2 * stage + 1) * kKeys)};
+  };
+  const auto query_token = [&](int i) { return p.map.query(span, i); };
+  const auto key_token = [&](int i) { return p.map.key(span, i); };
+  const T* const k_plane = p.k.template plane<const T>(span);
+  const T* const v_plane = p.v.template plane<const T>(span);
+  const int n_k = p.causal ? min(span.n_k, span.first + rows) : span.n_k;
+  const int steps = (n_k + kKeys - 1) / kKeys;
+  const auto load_step = [&](int step) {
+    if (step < steps) {
+      const int first = step * kKeys, stage = step % kStages;
+      load_rows(keys(stage), k_plane, p.k.token, first, kKeys, n_k, p.head_dim, key_token);
+      load_rows(values(stage), v_plane, p.v.token, first, kKeys, n_k, p.head_dim, key_token);
+    }
+    ptx::copy_commit();
+  };
+
+  load_rows(q, p.q.template plane<const T>(span), p.q.token, span.first, rows, span.n_q, p.head_dim,
+            query_token);
+#pragma unroll
+  for (int step = 0; step < kStages - 1; ++step) load_step(step);
+
+  const int warp_row = int(threadIdx.x) / kWarp * 16 * kRowTiles;
+  const int first_row = span.first + warp_row;
+  const int row = first_row + lane_id() / 4, pair = lane_id() % 4 * 2;
+  // Keys that any row of this warp attends.
+  const int end = first_row >= span.n_q ? 0 : p.causal ? min(n_k, first_row + 16 * kRowTiles) : n_k;
+  const float factor = Term::kActive ? 1.f : p.scale;
+  typename M::A held[kHold ? kSteps : 1][kRowTiles];
+  const auto load_query = [&](int r, int k) {
+    return kHold ? held[kHold ? k : 0][r] : M::load_a(q, warp_row + r * 16, k * M::kDepth);
+  };
+  float out[kRowTiles][kOut][4] = {};
+  OnlineSoftmax<kRowTiles> softmax;
+
+  for (int step = 0; step < steps; ++step) {
+    ptx::copy_wait<kStages - 2>();
+    __syncthreads();
+    load_step(step + kStages - 1);
+    if constexpr (kHold) {
+      if (step == 0)
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k)
+#pragma unroll
+          for (int r = 0; r < kRowTiles; ++r)
+            held[k][r] = M::load_a(q, warp_row + r * 16, k * M::kDepth);
+    }
+    const int first = step * kKeys, valid = min(end - first, kKeys), stage = step % kStages;
+    if (valid <= 0) continue;
+    const bool whole = valid == kKeys;
+    float s[kRowTiles][kTiles][4] = {};
+    if (whole) {
+      multiply_rows<true>(s, load_query, keys(stage), valid);
+    } else {
+      multiply_rows<false>(s, load_query, keys(stage), valid);
+    }
+    if constexpr (Term::kActive) {
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) s[r][n][i] *= p.scale;
+        p.term.template add<false>(s[r], span, row + r * 16, first + pair);
+      }
+    }
+    if (!whole || (p.causal && first + kKeys - 1 > first_row)) {
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int key = first + n * 8 + pair + i % 2, query = row + r * 16 + i / 2 * 8;
+            if (key >= n_k || (p.causal && key > query)) s[r][n][i] = -INFINITY;
+          }
+    }
+    softmax.update(s, out, factor);
+    if (whole) {
+      multiply_columns<true>(out, s, values(stage), 0, valid);
+    } else {
+      multiply_columns<false>(out, s, values(stage), 0, valid);
+    }
+  }
+
+  ptx::copy_wait<0>();
+  __syncthreads();  // without keys, other threads' copies of q may still arrive
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float lse = softmax.finish(out, r, half, factor);
+      const int query = row + r * 16 + half * 8;
+      if (query < span.n_q && pair == 0)
+        p.lse[span.batch * p.lse_batch + span.head * p.lse_head + query_token(query)] = lse;
+    }
+  store_rows(out, q, warp_row, p.out.template plane<T>(span), p.out.token, first_row, span.n_q, 0,
+             p.head_dim, query_token);
+}
+
+// Null, or the error of the launch. `rows`: queries of the longest sequence, as far as is known.
+template <typename T, int kHeadDim, typename Map, typename Term>
+const char* launch_forward(const ForwardParams<Map, Term>& p, int rows, Stream stream) {
+  constexpr Tile kTile = kForwardTile<T, kHeadDim>;
+  static_assert(kTile.stages >= 2 && kTile.warps * kWarp <= 128);
+  const int of_warp = 16 * kTile.row_tiles;
+  const int warps = std::clamp((rows + of_warp - 1) / of_warp, 1, kTile.warps);
+  const int64_t blocks = p.map.blocks(warps * of_warp, false);
+  if (blocks > 0x7fffffff) return "more than 2^31 - 1 blocks";
+  const int shared =
+      SharedTile<T, kHeadDim>::bytes(warps * of_warp + 2 * kTile.stages * kTile.others);
+  return launch_kernel(&attention_fwd_kernel<T, kHeadDim, Map, Term>, unsigned(blocks),
+                       warps * kWarp, shared, stream, p);
+}
+
+}  // namespace vitkit::attention

@@ -1,0 +1,68 @@
+"""Compiles CUDA kernels for the emulator in tests/emulator. Results are kept in build/emulated by a
+hash of all they depend on, so that only changed kernels are compiled again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EMULATOR = ROOT / "tests" / "emulator"
+FLAGS = ["-std=c++20", "-g", "-fPIC", "-w", "-Wno-attributes"]
+
+
+def cuda_include() -> Path:
+    """The folder of the CUDA headers; skips the test where there is none."""
+    nvcc = shutil.which("nvcc")
+    candidates = [Path("/usr/local/cuda/include")]
+    if nvcc:
+        candidates.insert(0, Path(nvcc).resolve().parent.parent / "include")
+    found = next((c for c in candidates if (c / "cuda_bf16.h").exists()), None)
+    if found is None:
+        pytest.skip("the CUDA headers are not installed")
+    return found
+
+
+def emulated(driver: str, *, csrc: Path = ROOT / "csrc", flags: tuple[str, ...] = ()) -> Path:
+    """The emulated library of ``tests/emulator/<driver>.cpp`` over the kernels in ``csrc``; an
+    executable where ``flags`` lack -shared. Only the kernels are compiled with sanitizers."""
+    scheduler = _built("emulator", ["-O2", "-c"], [], [])
+    kernels = [f for folder in ("core", "attention", "cuda") for f in (csrc / folder).glob("*.*h")]
+    include = [f"-I{f}" for f in (csrc, csrc / "core", csrc / "cuda")]
+    return _built(driver, ["-O1", *flags], kernels, [*include, str(scheduler)])
+
+
+def _built(name: str, flags: list[str], sources: list[Path], rest: list[str]) -> Path:
+    """What g++ makes of ``tests/emulator/<name>.cpp``, which depends on the emulator and
+    ``sources``. ``rest`` holds paths, which do not count."""
+    include = cuda_include()
+    digest = hashlib.sha256(repr((FLAGS, flags, str(include))).encode())
+    for source in sorted([*sources, *EMULATOR.glob("*.*")]):
+        digest.update(source.name.encode() + source.read_bytes())
+    target = ROOT / "build" / "emulated" / f"{name}-{digest.hexdigest()[:20]}"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}")
+        command = ["g++", *FLAGS, *flags, f"-I{EMULATOR}", f"-isystem{include}"]
+        command += [str(EMULATOR / f"{name}.cpp"), *rest, "-o", str(partial)]
+        subprocess.run(command, check=True)
+        partial.replace(target)
+    return target
+
+
+def mutated(folder: Path, old: str, new: str) -> Path:
+    """A copy of csrc in which ``old``, which stands in one place, is ``new``."""
+    csrc = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc, ignore=shutil.ignore_patterns("cpu", "runtime"))
+    hits = 0
+    for source in csrc.glob("*/*.*h"):
+        text = source.read_text()
+        hits += text.count(old)
+        source.write_text(text.replace(old, new))
+    assert hits == 1, "the mutation no longer fits the source"
+    return csrc
