@@ -26,6 +26,11 @@ CALLS = (
     "gigapath_10k",
     "unet_64px_nhwc",
     "vae_512px",
+    "uni2_swiglu",
+    "sd_geglu",
+    "vit_b_gelu",
+    "dinov3_rope",
+    "flux_rope",
 )
 ARCHITECTURES = ("sm80", "sm90", "sm100", "hip")
 # Bytes of shared memory (LDS) of one block: CUDA C++ programming guide, compute capabilities;
