@@ -100,12 +100,24 @@ VITKIT_INLINE f32v limited(f32v z) {
   return max(splat(-end), min(splat(end), z));
 }
 
-// activation(z) / z: 0 far below zero, so that -infinity gives NaN as it does in PyTorch.
-template <typename T, Activation kActivation>
-VITKIT_INLINE f32v gate_weight(f32v z) {
-  const f32v x = limited<T, kActivation>(z);
-  const f32v weight = reciprocal<T>(1.f + exp2_for<T>(x * logit_over<T, kActivation>(x * x)));
-  return z > splat(-kEnd<T, kActivation>) ? weight : f32v{};
+// activation(z) / z of several vectors, step by step for all of them: one alone is a chain of
+// dependent instructions longer than a core looks ahead. 0 far below zero, so that -infinity gives
+// NaN as it does in PyTorch.
+template <typename T, Activation kActivation, int n>
+VITKIT_INLINE void gate_weights(const f32v (&z)[n], f32v (&weight)[n]) {
+  f32v t[n];
+#pragma GCC unroll 4
+  for (int i = 0; i < n; ++i) {
+    const f32v x = limited<T, kActivation>(z[i]);
+    t[i] = x * logit_over<T, kActivation>(x * x);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < n; ++i) t[i] = exp2_for<T>(t[i]);
+#pragma GCC unroll 4
+  for (int i = 0; i < n; ++i) {
+    const f32v w = reciprocal<T>(1.f + t[i]);
+    weight[i] = z[i] > splat(-kEnd<T, kActivation>) ? w : f32v{};
+  }
 }
 
 // activation(z) / z, and d activation(z) / dz. The derivative of the sigmoid is weight * rest with
