@@ -203,7 +203,8 @@ def test_nothing_is_rolled_padded_or_partitioned(name):
         blocks[1]._attn(x)
     assert any("roll" in n for n in before.names) and any("clone" in n for n in before.names)
     with vitkit.patched(model) as report:
-        assert len(report.replaced) == len(blocks) == 4 and not report.skipped, report
+        attentions = [r for r in report.replaced if r.by == "window_attention"]
+        assert len(attentions) == len(blocks) == 4 and not report.skipped, report
         with torch.no_grad(), Ops() as after:
             blocks[1]._attn(x)
             model(torch.randn(1, 3, size, size))
@@ -258,7 +259,7 @@ def test_hooks_and_dropout_get_the_host():
     actual = block.train()(x)
     torch.manual_seed(0)
     vitkit.unpatch(block)
-    assert torch.equal(actual, block(x))
+    torch.testing.assert_close(actual, block(x))  # the same draws; gelu is vitkit's in one of them
     block.eval()
     vitkit.patch(block)
     handle = block.attn.register_forward_hook(lambda m, args, out: seen.append(out.shape))
