@@ -36,6 +36,8 @@ def timm_block(cls, resolution, window=7, shift=3, **options):
     return seeded(cls(32, resolution, num_heads=2, window_size=window, shift_size=shift, **options))
 
 
+# Beside them a block's MLP runs vitkit's gelu.
+ATTENDED = {"window_attention_fwd": {"cpu": 1}, "window_attention_bwd": {"cpu": 1}}
 MAPS = {
     "divisible": (14, 21),
     "ragged": (20, 20),
@@ -53,7 +55,7 @@ MAPS = {
 def test_timm_blocks(cls, size, shift, training):
     block = timm_block(cls, size, shift=shift).train(training)
     calls = assert_same_numbers(block, [feature_map(*size)])
-    assert calls.counts == {"window_attention_fwd": {"cpu": 1}, "window_attention_bwd": {"cpu": 1}}
+    assert calls.counts.items() >= ATTENDED.items()
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,7 @@ def torchvision_attention(version, shift, window=(7, 7), **options):
 @pytest.mark.parametrize("version", [1, 2])
 def test_torchvision_attention(version, size, shift):
     calls = assert_same_numbers(torchvision_attention(version, shift), [feature_map(*size)])
-    assert calls.counts == {"window_attention_fwd": {"cpu": 1}, "window_attention_bwd": {"cpu": 1}}
+    assert calls.counts.items() >= ATTENDED.items()
 
 
 @pytest.mark.parametrize("version", [1, 2])
