@@ -276,6 +276,8 @@ def test_unet(training):
         "group_norm_silu_bwd": {"cpu": norms},
         "flash_attention_fwd": {"cpu": attentions},
         "flash_attention_bwd": {"cpu": attentions},
+        "geglu_fwd": {"cpu": transformers},  # one block each
+        "geglu_bwd": {"cpu": transformers},
     }
     assert (blocks, attentions, transformers) == (8, 8, 4)
     assert snapshot(model) == before

@@ -36,6 +36,8 @@ def timm_block(cls, resolution, window=7, shift=3, **options):
     return seeded(cls(32, resolution, num_heads=2, window_size=window, shift_size=shift, **options))
 
 
+# Beside them a block's MLP runs vitkit's gelu.
+ATTENDED = {"window_attention_fwd": {"cpu": 1}, "window_attention_bwd": {"cpu": 1}}
 MAPS = {
     "divisible": (14, 21),
     "ragged": (20, 20),
@@ -53,7 +55,7 @@ MAPS = {
 def test_timm_blocks(cls, size, shift, training):
     block = timm_block(cls, size, shift=shift).train(training)
     calls = assert_same_numbers(block, [feature_map(*size)])
-    assert calls.counts == {"window_attention_fwd": {"cpu": 1}, "window_attention_bwd": {"cpu": 1}}
+    assert calls.counts.items() >= ATTENDED.items()
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,7 @@ def torchvision_attention(version, shift, window=(7, 7), **options):
 @pytest.mark.parametrize("version", [1, 2])
 def test_torchvision_attention(version, size, shift):
     calls = assert_same_numbers(torchvision_attention(version, shift), [feature_map(*size)])
-    assert calls.counts == {"window_attention_fwd": {"cpu": 1}, "window_attention_bwd": {"cpu": 1}}
+    assert calls.counts.items() >= ATTENDED.items()
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -203,8 +205,8 @@ def test_nothing_is_rolled_padded_or_partitioned(name):
         blocks[1]._attn(x)
     assert any("roll" in n for n in before.names) and any("clone" in n for n in before.names)
     with vitkit.patched(model) as report:
-        replaced = [r for r in report.replaced if r.by == "window_attention"]
-        assert len(replaced) == len(blocks) == 4 and not report.skipped, report
+        attentions = [r for r in report.replaced if r.by == "window_attention"]
+        assert len(attentions) == len(blocks) == 4 and not report.skipped, report
         with torch.no_grad(), Ops() as after:
             blocks[1]._attn(x)
             model(torch.randn(1, 3, size, size))
@@ -259,7 +261,7 @@ def test_hooks_and_dropout_get_the_host():
     actual = block.train()(x)
     torch.manual_seed(0)
     vitkit.unpatch(block)
-    assert torch.equal(actual, block(x))
+    torch.testing.assert_close(actual, block(x))  # the same draws; gelu is vitkit's in one of them
     block.eval()
     vitkit.patch(block)
     handle = block.attn.register_forward_hook(lambda m, args, out: seen.append(out.shape))
@@ -275,7 +277,8 @@ def test_subclassed_attention_is_left():
     block = timm_block(SwinTransformerBlock, (14, 14))
     block.attn.__class__ = Other
     report = vitkit.patch(block)
-    assert not report.replaced and "may compute something else" in str(report)
+    assert [r.name for r in report.replaced] == ["mlp.act"]
+    assert "may compute something else" in str(report)
 
 
 def test_compiles_without_a_graph_break():

@@ -92,10 +92,33 @@ def test_attention_rope(options):
     rope = torch.randn(17 - prefix, 2 * module.head_dim)
     calls = assert_same_numbers(module, [tokens(dim=options["dim"]), rope])
     assert calls.total("flash_attention_fwd") == 1
+    assert calls.counts["rope_2d_fwd"] == calls.counts["rope_2d_bwd"] == {"cpu": 1}
     calls = assert_same_numbers(
         module, [tokens(dim=options["dim"])], {"attn_mask": random_mask(2, 1, 17, 17)}
     )
     assert calls.total("flash_attention_fwd") == 1
+
+
+TABLES = {
+    "learned_per_head": (3, 16, 32),
+    "of_each_sample": (2, 1, 16, 32),
+    "of_each_sample_and_head": (2, 3, 16, 32),
+}
+
+
+@pytest.mark.parametrize("shape", TABLES.values(), ids=TABLES)
+def test_attention_rope_tables(shape):
+    """Given as an input, they have a gradient, as timm's mixed frequencies do."""
+    calls = assert_same_numbers(seeded(AttentionRope(48, 3)), [tokens(), torch.randn(shape)])
+    assert calls.total("rope_2d_fwd") == calls.total("flash_attention_fwd") == 1
+
+
+def test_attention_rope_leaves_other_broadcasts_to_timm():
+    module = seeded(AttentionRope(48, 3))
+    vitkit.patch(module)
+    with KernelCalls() as calls:
+        module(tokens(), torch.randn(1, 32))  # one angle for every token
+    assert calls.counts == {}
 
 
 POOL = {
@@ -160,8 +183,8 @@ def test_active_attention_dropout_runs_the_host(images):
         assert "timm's own forward while attention dropout is active" in str(report)
         torch.manual_seed(5)
         with KernelCalls() as calls:
-            assert torch.equal(model(images), expected)
-        assert calls.counts == {}
+            torch.testing.assert_close(model(images), expected)  # the same draws
+        assert calls.counts == {"gelu_fwd": {"cpu": 2}}
         with KernelCalls() as calls:
             model.eval()(images)
         assert calls.total("flash_attention_fwd") == 2

@@ -44,8 +44,7 @@ def test_strided_views(device, backend):
         cotangent = torch.randn_like(vitkit.swiglu(*dense)).expand_as(vitkit.swiglu(*dense))
         run = lambda x, g: vitkit.swiglu(x, g, backend=backend)  # noqa: E731
         got, want = (gradients(run, t, [cotangent]) for t in ([x, gate], dense))
-        assert torch.equal(got[0][0], want[0][0]), why
-        assert all(torch.equal(a, b) for a, b in zip(got[1], want[1], strict=True)), why
+        gated.assert_same(got, want, backend, why)
 
 
 def test_gradient_of_a_sum_is_expanded(device, backend):
@@ -60,10 +59,10 @@ def test_offsets_beyond_32_bits(device, backend, tmp_path):
     if device != "cpu":
         pytest.skip("a file is CPU memory")
     far, near = gated.far_rows(tmp_path, 66)
-    assert torch.equal(vitkit.swiglu(far, backend=backend), vitkit.swiglu(near, backend=backend))
-    value, gate = far.chunk(2, -1)
-    want = vitkit.swiglu(near, gate_last=True, backend=backend)
-    assert torch.equal(vitkit.swiglu(value, gate, backend=backend), want)
+    run = lambda *t, **options: [vitkit.swiglu(*t, backend=backend, **options)]  # noqa: E731
+    gated.assert_same((run(far), ()), (run(near), ()), backend)
+    separate = run(*far.chunk(2, -1))
+    gated.assert_same((separate, ()), (run(near, gate_last=True), ()), backend)
 
 
 @every_dtype

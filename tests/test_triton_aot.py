@@ -28,6 +28,11 @@ CALLS = (
     "vae_512px",
     "dit_xl_norm",
     "dit_xl_gate",
+    "uni2_swiglu",
+    "sd_geglu",
+    "vit_b_gelu",
+    "dinov3_rope",
+    "flux_rope",
 )
 ARCHITECTURES = ("sm80", "sm90", "sm100", "hip")
 # Bytes of shared memory (LDS) of one block: CUDA C++ programming guide, compute capabilities;

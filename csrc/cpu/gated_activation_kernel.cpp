@@ -29,18 +29,26 @@ void forward(const GatedForward& p, int64_t begin, int64_t end) {
     const T* gate = at<T>(p.gate, row, column);
     const T* value = kGated ? at<T>(p.value, row, column) : nullptr;
     T* y = at<T>(p.y, row, column);
-    const auto activated = [&](f32v z) { return z * gate_weight<T, kActivation>(z); };
     int64_t i = 0;
-    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-      f32v a, b, u = splat(1.f), v = splat(1.f);
-      load2(gate + i, a, b);
-      if constexpr (kGated) load2(value + i, u, v);
-      a = activated(a);
-      b = activated(b);
-      store2(y + i, kGated ? a * u : a, kGated ? b * v : b);
+    for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+      f32v z[4], w[4], v[4];
+      load2(gate + i, z[0], z[1]);
+      load2(gate + i + 2 * kLanes, z[2], z[3]);
+      gate_weights<T, kActivation>(z, w);
+      if constexpr (kGated) {
+        load2(value + i, v[0], v[1]);
+        load2(value + i + 2 * kLanes, v[2], v[3]);
+      }
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) w[k] = kGated ? z[k] * w[k] * v[k] : z[k] * w[k];
+      store2(y + i, w[0], w[1]);
+      store2(y + i + 2 * kLanes, w[2], w[3]);
     }
     each_vector(n - i, [&](int64_t k, auto count) {
-      f32v a = activated(load_partial(gate + i + k, count));
+      const f32v z[1] = {load_partial(gate + i + k, count)};
+      f32v w[1];
+      gate_weights<T, kActivation>(z, w);
+      f32v a = z[0] * w[0];
       if constexpr (kGated) a *= load_partial(value + i + k, count);
       store_partial(y + i + k, a, count);
     });

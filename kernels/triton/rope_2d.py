@@ -1,8 +1,8 @@
-"""Rotary positions for GPUs: one program turns all pairs of a few heads of a few tokens.
+"""Rotary positions for GPUs: one program turns all pairs of some heads of some tokens.
 
-A tile is tokens times heads rows of head dim columns. Its partner elements are loaded by a second,
-permuted load, which the first-level cache serves: exchanging them between threads would need shared
-memory and a barrier. Tables are read once per tile of heads they are shared by.
+A tile is tokens times heads rows of head_dim / 2 pairs. Halves are two runs of memory; neighbours
+are one, taken apart in registers: every element is loaded once, in runs. Tables come through the
+first-level cache, whose lines the heads of a token share.
 """
 
 from __future__ import annotations
@@ -19,44 +19,59 @@ TILE = 2048
 
 
 @triton.jit
+def _load_pairs(
+    row, mask, D: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """First and second elements [BLOCK_R, BLOCK_P] of the pairs of rows, in float32."""
+    if INTERLEAVED:
+        d = tl.arange(0, 2 * BLOCK_P)
+        x = tl.load(row[:, None] + d[None, :], mask[:, None] & (d < D)[None, :], 0.0)
+        a, b = tl.split(tl.reshape(x.to(tl.float32), [BLOCK_R, BLOCK_P, 2]))
+    else:
+        p = tl.arange(0, BLOCK_P)
+        inside = mask[:, None] & (p < D // 2)[None, :]
+        a = tl.load(row[:, None] + p[None, :], inside, 0.0).to(tl.float32)
+        b = tl.load(row[:, None] + (p + D // 2)[None, :], inside, 0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
 def rope_2d_kernel(
     x_ptr, y_ptr, cos_ptr, sin_ptr, tokens, heads, prefix, rows,
-    stride_b, stride_n, stride_h, table_b, table_n, table_h,
-    sin_b, sin_n, sin_h,
+    stride_b, stride_n, stride_h, cos_b, cos_n, cos_h, sin_b, sin_n, sin_h,
     D: tl.constexpr, INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Rows are (batch, token, head), heads innermost, as the output lies."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     h, token = row % heads, row // heads
     n, b = token % tokens, token // tokens
     at = n - prefix
-    d = tl.arange(0, BLOCK_D)
-    half = D // 2
-    if INTERLEAVED:
-        partner = d ^ 1
-        first = d % 2 == 0
-    else:
-        first = d < half
-        partner = tl.where(first, d + half, d - half)
-    mask = (row < rows)[:, None] & (d < D)[None, :]
-    turned = mask & (at >= 0)[:, None]
-    source = x_ptr + (b * stride_b + n * stride_n + h * stride_h)[:, None]
-    x = tl.load(source + d[None, :], mask, 0.0).to(tl.float32)
-    other = tl.load(source + partner[None, :], mask, 0.0).to(tl.float32)
-    cos_row = cos_ptr + (b * table_b + at * table_n + h * table_h)[:, None]
-    sin_row = sin_ptr + (b * sin_b + at * sin_n + h * sin_h)[:, None]
-    cos = tl.load(cos_row + d[None, :], turned, 1.0)
+    mask = row < rows
+    turned = mask & (at >= 0)
+    source = x_ptr + b * stride_b + n * stride_n + h * stride_h
+    x_a, x_b = _load_pairs(source, mask, D, INTERLEAVED, BLOCK_R, BLOCK_P)
+    angles = cos_ptr + b * cos_b + at * cos_n + h * cos_h
+    cos_1, cos_2 = _load_pairs(angles, turned, D, INTERLEAVED, BLOCK_R, BLOCK_P)
+    angles = sin_ptr + b * sin_b + at * sin_n + h * sin_h
+    sin_1, sin_2 = _load_pairs(angles, turned, D, INTERLEAVED, BLOCK_R, BLOCK_P)
     if INVERSE:
-        # The transposed rotation: the sine that turned the partner.
-        sin = tl.load(sin_row + partner[None, :], turned, 0.0)
-        sin = tl.where(first[None, :], sin, -sin)
+        y_a, y_b = x_a * cos_1 + x_b * sin_2, x_b * cos_2 - x_a * sin_1
     else:
-        sin = tl.load(sin_row + d[None, :], turned, 0.0)
-        sin = tl.where(first[None, :], -sin, sin)
-    # A prefix token is copied: 0 times an infinity would not be.
-    y = tl.where(turned, x * cos + other * sin, x)
-    tl.store(y_ptr + row[:, None] * D + d[None, :], y.to(y_ptr.dtype.element_ty), mask)
+        y_a, y_b = x_a * cos_1 - x_b * sin_1, x_b * cos_2 + x_a * sin_2
+    y_a = tl.where(turned[:, None], y_a, x_a).to(y_ptr.dtype.element_ty)
+    y_b = tl.where(turned[:, None], y_b, x_b).to(y_ptr.dtype.element_ty)
+    out = y_ptr + row[:, None] * D
+    if INTERLEAVED:
+        d = tl.arange(0, 2 * BLOCK_P)
+        y = tl.reshape(tl.join(y_a, y_b), [BLOCK_R, 2 * BLOCK_P])
+        tl.store(out + d[None, :], y, mask[:, None] & (d < D)[None, :])
+    else:
+        p = tl.arange(0, BLOCK_P)
+        inside = mask[:, None] & (p < D // 2)[None, :]
+        tl.store(out + p[None, :], y_a, inside)
+        tl.store(out + (p + D // 2)[None, :], y_b, inside)
 
 
 def _table_strides(table: torch.Tensor) -> tuple[int, int, int]:
@@ -71,8 +86,8 @@ def plan(x, cos, sin, interleaved, inverse):
     if x.numel() == 0:
         return y, []
     b, n, h, d = x.shape
-    block_d = next_power_of_2(d)
-    block_r = max(1, TILE // block_d)
+    block_p = next_power_of_2(d // 2)
+    block_r = max(1, TILE // (2 * block_p))
     rows = b * n * h
     args = (
         x, y, cos, sin, n, h, n - cos.shape[1], rows, *x.stride()[:3],
@@ -80,7 +95,7 @@ def plan(x, cos, sin, interleaved, inverse):
     )  # fmt: skip
     constants = {
         "D": d, "INTERLEAVED": interleaved, "INVERSE": inverse, "BLOCK_R": block_r,
-        "BLOCK_D": block_d,
+        "BLOCK_P": block_p,
     }  # fmt: skip
     return y, [Launch(rope_2d_kernel, (cdiv(rows, block_r),), args, constants)]
 
