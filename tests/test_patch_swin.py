@@ -203,7 +203,10 @@ def test_nothing_is_rolled_padded_or_partitioned(name):
         blocks[1]._attn(x)
     assert any("roll" in n for n in before.names) and any("clone" in n for n in before.names)
     with vitkit.patched(model) as report:
-        assert len(report.replaced) == len(blocks) == 4 and not report.skipped, report
+        replaced = [r.by for r in report.replaced]
+        assert replaced.count("window_attention") == len(blocks) == 4, report
+        norms = sum(isinstance(m, torch.nn.LayerNorm) for m in model.modules())
+        assert len(replaced) == len(blocks) + norms and not report.skipped, report
         with torch.no_grad(), Ops() as after:
             blocks[1]._attn(x)
             model(torch.randn(1, 3, size, size))

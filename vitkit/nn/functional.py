@@ -16,7 +16,7 @@ from vitkit.ops import flash_attention as _attention
 from vitkit.ops import group_norm_silu as _norm
 from vitkit.ops import layer_norm_modulate as _layer_norm
 
-# Elements below which torch's LayerNorm is the faster one on a CPU: (of float32, of narrower types),
+# Elements below which torch is faster with a LayerNorm on a CPU: (float32, narrower types),
 # without gradients and with them (docs/performance.md).
 SMALL_LAYER_NORM = ((1 << 17, 1 << 14), (1 << 22, 1 << 18))
 
