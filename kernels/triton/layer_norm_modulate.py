@@ -253,14 +253,14 @@ def _small_gradients(sums, dscale, shift, scale, weight, bias):
     """Of shift, scale, weight and bias, from the sums of dz and dz * xhat [segments, 2, E]."""
     dz, dz_xhat = sums.unbind(1)
     if dscale is None and scale is not None:
-        dscale = dz_xhat if weight is None else weight.float() * dz_xhat
+        dscale = dz_xhat.clone() if weight is None else weight.float() * dz_xhat
         if bias is not None:
             dscale = dscale + bias.float() * dz
         factor = 1 + scale.float()
         dweight, dbias = (factor * dz_xhat).sum(0), (factor * dz).sum(0)
     else:
         dweight, dbias = dz_xhat.sum(0), dz.sum(0)
-    return [dz, dscale, dweight, dbias]
+    return [dz.clone(), dscale, dweight, dbias]  # outputs of an operator share no memory
 
 
 def aot_specs() -> list[AotSpec]:

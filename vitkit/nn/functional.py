@@ -19,9 +19,9 @@ from vitkit.ops import group_norm_silu as _norm
 from vitkit.ops import layer_norm_modulate as _layer_norm
 from vitkit.ops import patch_embed as _patch
 
-# Elements below which torch's LayerNorm is the faster one on a CPU, of float32 and of narrower
-# types (docs/performance.md).
-SMALL_LAYER_NORM = (1 << 16, 1 << 14)
+# Elements below which torch is faster with a LayerNorm on a CPU: (float32, narrower types),
+# without gradients and with them (docs/performance.md).
+SMALL_LAYER_NORM = ((1 << 17, 1 << 14), (1 << 22, 1 << 18))
 
 _reasons: dict[tuple[str, str, torch.dtype, int | None], str | None] = {}
 
@@ -148,12 +148,15 @@ def layer_norm(
     return x
 
 
-def _is_small(norm: torch.nn.Module, x: torch.Tensor, modulated: bool) -> bool:
+def _is_small(norm: torch.nn.LayerNorm, x: torch.Tensor, modulated: bool) -> bool:
     """Whether calling an operator of one's own costs more than its kernel saves: torch's own
-    LayerNorm is called without leaving C++."""
+    LayerNorm is called, and differentiated, without leaving C++. In float32 both are bound by
+    memory and the difference is small."""
     if modulated or _backend(norm) != "auto" or backends.DEFAULT != "auto" or not x.is_cpu:
         return False
-    return x.numel() < SMALL_LAYER_NORM[x.dtype != torch.float32]
+    given = (x, norm.weight, norm.bias)
+    gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    return x.numel() < SMALL_LAYER_NORM[gradients][x.dtype != torch.float32]
 
 
 def patch_embed(

@@ -131,7 +131,10 @@ class _LayerNormModulate(torch.autograd.Function):
         given = (x, shift, scale, weight, bias)
         if torch.is_grad_enabled():
             found = _library.differentiable_backward(
-                lambda *t: (reference(*t, ctx.eps),), given, (grad,), ctx.needs_input_grad[:5]
+                lambda x, sh, sc, w, b: (reference(x, sh, sc, w, b, ctx.eps),),
+                given,
+                (grad,),
+                ctx.needs_input_grad[:5],
             )
             return *found, None, None
         grad = grad.contiguous()
@@ -259,9 +262,10 @@ def layer_norm_modulate(
         return reference(x, shift, scale, weight, bias, eps)
     x = x.contiguous() if plan.copy else x
     if any(plan.adapt):
-        adapted = zip(options, plan.adapt, strict=True)
-        options = tuple(_library.readable_rows(t, x) if wanted else t for t, wanted in adapted)
-        shift, scale, weight, bias = options
+        shift, scale, weight, bias = options = tuple(
+            _library.readable_rows(t, x) if t is not None and wanted else t
+            for t, wanted in zip(options, plan.adapt, strict=True)
+        )  # type: ignore[assignment]
     if torch.is_grad_enabled() and (
         x.requires_grad or any(t is not None and t.requires_grad for t in options)
     ):
