@@ -26,6 +26,7 @@ KERNELS = {
     "attention_backward": ("flash_attention_bwd_kernel.cpp",),
     "dilated_attention": ("dilated_attention_kernel.cpp", "dilated_attention_bwd_kernel.cpp"),
     "group_norm_silu": ("group_norm_silu_kernel.cpp", "scratch.cpp"),
+    "patch_embed": ("patch_embed_kernel.cpp", "patch_embed_bwd_kernel.cpp"),
     "window_attention": ("window_attention_kernel.cpp", "window_attention_bwd_kernel.cpp"),
 }
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -154,6 +155,14 @@ MUTANTS = {
     "the gradient forgets its projection on xhat": (
         "group_norm_silu", "avx512-emulated", "group_norm_silu_kernel.cpp", "slope = -rstd * g2",
         "slope = -rstd * 0 * g2",
+    ),
+    "pixels beyond a padded image are black instead of the mean": (
+        "patch_embed", "amx-emulated", "patch/pixels.h", "kBytes ? p.padding[k + i] : 0.f",
+        "kBytes ? -p.centre[k + i] : 0.f",
+    ),
+    "later tokens replace the weight's gradient of earlier ones": (
+        "patch_embed", "avx512-emulated", "patch_embed_bwd_kernel.cpp",
+        "stride, m == begin)", "stride, true)",
     ),
 }  # fmt: skip
 
