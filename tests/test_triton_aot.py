@@ -26,6 +26,7 @@ CALLS = (
     "gigapath_10k",
     "unet_64px_nhwc",
     "vae_512px",
+    "swin_t_patch_4",
 )
 ARCHITECTURES = ("sm80", "sm90", "sm100", "hip")
 # Bytes of shared memory (LDS) of one block: CUDA C++ programming guide, compute capabilities;
