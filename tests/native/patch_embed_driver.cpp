@@ -328,7 +328,7 @@ std::vector<Case> cases(ElementType type) {
       {name + "by_pixel", type, 2, 3, 1, 20, 12, 1, 4, 4, 20, false, false, true, 0},
       {name + "tubelets_padded", type, 1, 2, 3, 5, 7, 2, 2, 4, 18, false, true, false, 0},
       {name + "odd", type, 3, 5, 1, 9, 14, 1, 3, 7, 7, false, false, false, 1},
-      {name + "several_strips", type, 1, 1, 1, 34, 40, 1, 2, 2, 110, false, false, false, 0},
+      {name + "several_strips", type, 1, 1, 1, 68, 40, 1, 2, 2, 110, false, false, false, 0},
   };
 }
 
