@@ -30,6 +30,7 @@ KERNELS = {
     "rope_2d": ("rope_2d_kernel.cpp",),
     "layer_norm_modulate": ("layer_norm_modulate_kernel.cpp", "scratch.cpp"),
     "gated_residual": ("gated_residual_kernel.cpp", "scratch.cpp"),
+    "patch_embed": ("patch_embed_kernel.cpp", "patch_embed_bwd_kernel.cpp"),
     "window_attention": ("window_attention_kernel.cpp", "window_attention_bwd_kernel.cpp"),
 }
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -186,6 +187,14 @@ MUTANTS = {
     "gates of the first segment serve all": (
         "gated_residual", "avx512-emulated", "gated_residual_kernel.cpp",
         "if (segment != prepared)", "if (prepared < 0)",
+    ),
+    "pixels beyond a padded image are black instead of the mean": (
+        "patch_embed", "amx-emulated", "patch/pixels.h", "kBytes ? p.padding[k + i] : 0.f",
+        "kBytes ? -p.centre[k + i] : 0.f",
+    ),
+    "later tokens replace the weight's gradient of earlier ones": (
+        "patch_embed", "avx512-emulated", "patch_embed_bwd_kernel.cpp",
+        "stride, m == begin)", "stride, true)",
     ),
 }  # fmt: skip
 

@@ -183,8 +183,8 @@ def test_active_attention_dropout_runs_the_host(images):
         assert "timm's own forward while attention dropout is active" in str(report)
         torch.manual_seed(5)
         with KernelCalls() as calls:
-            torch.testing.assert_close(model(images), expected)  # the same draws
-        assert calls.counts == {"gelu_fwd": {"cpu": 2}}
+            torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+        assert calls.counts == {"gelu_fwd": {"cpu": 2}, "patch_embed_fwd": {"cpu": 1}}
         with KernelCalls() as calls:
             model.eval()(images)
         assert calls.total("flash_attention_fwd") == 2

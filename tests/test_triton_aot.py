@@ -33,6 +33,7 @@ CALLS = (
     "vit_b_gelu",
     "dinov3_rope",
     "flux_rope",
+    "swin_t_patch_4",
 )
 ARCHITECTURES = ("sm80", "sm90", "sm100", "hip")
 # Bytes of shared memory (LDS) of one block: CUDA C++ programming guide, compute capabilities;

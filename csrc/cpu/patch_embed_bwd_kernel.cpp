@@ -8,8 +8,9 @@ namespace vitkit::cpu::VITKIT_ISA {
 namespace {
 
 constexpr int64_t kTileColumns = 256;  // of the weight's gradient in one item: elements of a patch
-constexpr int64_t kTileEmbed = 192;    // and rows; its sums stay in a 512 KiB cache
-constexpr int64_t kTokens = 128;       // patches gathered at a time
+constexpr int64_t kTileEmbed = 384;    // and rows
+constexpr int64_t kStripEmbed = 96;    // of them at a time
+constexpr int64_t kTokens = 256;       // patches gathered at a time: with a strip, 360 KiB
 constexpr int64_t kSumColumns = 64;    // of an item that sums a packed call's tokens
 
 VITKIT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -163,7 +164,7 @@ struct WeightScratch {
   WeightScratch(const PatchBackward& b, void* base) {
     Arena arena{static_cast<char*>(base)};
     panels = arena.take<float>(kTileColumns * kTokens);
-    dz = arena.take<float>(kTileEmbed * kTokens);
+    dz = arena.take<float>(kStripEmbed * kTokens);
     lines = arena.take<float>(kTileColumns + 2 * b.in.run + 2 * kPanel);
     bytes = size_t(arena.next - static_cast<char*>(base));
   }
@@ -183,14 +184,14 @@ void pack_columns(const PatchEmbed& p, const WeightTile& tile, int64_t first, in
   }
 }
 
-// Rows [tile.e, tile.e + tile.rows) of the projection's gradient, tokens one after the other.
+// Rows [e, e + rows) of the projection's gradient, tokens one after the other.
 template <typename T>
-void pack_gradient(const PatchBackward& b, const WeightTile& tile, int64_t first, int64_t tokens,
+void pack_gradient(const PatchBackward& b, int64_t e, int64_t rows, int64_t first, int64_t tokens,
                    float* dz, float* dbias) {
   const PatchEmbed& p = b.in;
   Places places(p, first);
   const auto copy = [&](const auto* from, float* to) {
-    each_vector(tile.rows, [&](int64_t i, auto n) {
+    each_vector(rows, [&](int64_t i, auto n) {
       const f32v v = load_partial(from + i, n);
       store_partial(to + i, v, n);
       if (dbias) store_partial(dbias + i, load_partial(dbias + i, n) + v, n);
@@ -198,10 +199,28 @@ void pack_gradient(const PatchBackward& b, const WeightTile& tile, int64_t first
   };
   for (int64_t m = 0; m < tokens; ++m, places.next()) {
     if (b.dz)
-      copy(b.dz + (first + m) * p.embed + tile.e, dz + m * kTileEmbed);
+      copy(b.dz + (first + m) * p.embed + e, dz + m * kStripEmbed);
     else
-      copy(grad_row<T>(b, places.get()) + tile.e, dz + m * kTileEmbed);
+      copy(grad_row<T>(b, places.get()) + e, dz + m * kStripEmbed);
   }
+}
+
+// sums (+)= strip x columns, both packed.
+void multiply_strip(const WeightScratch& s, int64_t rows, int64_t columns, int64_t tokens,
+                    float* sums, int64_t stride, bool first) {
+  for (int64_t panel = 0; panel < panels_of(columns); ++panel)
+    for (int64_t e = 0; e < rows; e += kTileRows) {
+      const int64_t tile = smaller(kTileRows, rows - e);
+      const int vecs = panel_vecs(columns, panel);
+      const float* b = s.panels + panel * kTokens * kPanel;
+      float* to = sums + e * stride + panel * kPanel;
+      if (first)
+        gemm_rows<true, Epilogue::overwrite>(tile, vecs, tokens, s.dz + e, kStripEmbed, b, to,
+                                             stride);
+      else
+        gemm_rows<true, Epilogue::accumulate>(tile, vecs, tokens, s.dz + e, kStripEmbed, b, to,
+                                              stride);
+    }
 }
 
 template <typename Pixel, typename T>
@@ -217,20 +236,11 @@ void weight_item(const PatchBackward& b, int64_t item, const WeightScratch& s) {
   for (int64_t m = begin; m < end; m += kTokens) {
     const int64_t tokens = smaller(kTokens, end - m);
     pack_columns<Pixel>(p, tile, m, tokens, s);
-    pack_gradient<T>(b, tile, m, tokens, s.dz, dbias);
-    for (int64_t panel = 0; panel < panels_of(tile.columns); ++panel)
-      for (int64_t e = 0; e < tile.rows; e += kTileRows) {
-        const int64_t rows = smaller(kTileRows, tile.rows - e);
-        const int vecs = panel_vecs(tile.columns, panel);
-        const float* columns = s.panels + panel * kTokens * kPanel;
-        float* to = sums + e * stride + panel * kPanel;
-        if (m == begin)
-          gemm_rows<true, Epilogue::overwrite>(rows, vecs, tokens, s.dz + e, kTileEmbed, columns,
-                                               to, stride);
-        else
-          gemm_rows<true, Epilogue::accumulate>(rows, vecs, tokens, s.dz + e, kTileEmbed, columns,
-                                                to, stride);
-      }
+    for (int64_t e = 0; e < tile.rows; e += kStripEmbed) {
+      const int64_t rows = smaller(kStripEmbed, tile.rows - e);
+      pack_gradient<T>(b, tile.e + e, rows, m, tokens, s.dz, dbias ? dbias + e : nullptr);
+      multiply_strip(s, rows, tile.columns, tokens, sums + e * stride, stride, m == begin);
+    }
   }
 }
 

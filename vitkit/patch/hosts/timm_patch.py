@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm.layers
 import torch
 from timm.layers.format import Format
@@ -24,7 +26,7 @@ class PatchEmbed(timm.layers.PatchEmbed):
         expected = expected or tuple(x.shape[2:]) == tuple(self.img_size)
         if not (expected and tokens_out) or must_call_host(x, self.proj, pad, self.norm):
             return super().forward(x)
-        norm = self.norm if type(self.norm) in _FUSED_NORMS else None
+        norm: Any = self.norm if type(self.norm) in _FUSED_NORMS else None
         tokens = nn.patch_embed(self, x, self.proj, norm, pad=pad)
         if not self.flatten and self.output_fmt == Format.NHWC:
             tokens = tokens.unflatten(1, self.dynamic_feat_size(x.shape[2:]))
