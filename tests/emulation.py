@@ -31,10 +31,10 @@ def cuda_include() -> Path:
 def emulated(driver: str, *, csrc: Path = ROOT / "csrc", flags: tuple[str, ...] = ()) -> Path:
     """The emulated library of ``tests/emulator/<driver>.cpp`` over the kernels in ``csrc``; an
     executable where ``flags`` lack -shared. Only the kernels are compiled with sanitizers."""
-    scheduler = _built("emulator", ["-O2", "-c"], [], [])
+    machine = [str(_built(n, ["-O2", "-c"], [], [])) for n in ("emulator", "warp_operations")]
     kernels = [f for folder in ("core", "attention", "cuda") for f in (csrc / folder).glob("*.*h")]
     include = [f"-I{f}" for f in (csrc, csrc / "core", csrc / "cuda")]
-    return _built(driver, ["-O1", *flags], kernels, [*include, str(scheduler)])
+    return _built(driver, ["-O1", *flags], kernels, [*include, *machine])
 
 
 def _built(name: str, flags: list[str], sources: list[Path], rest: list[str]) -> Path:

@@ -133,7 +133,7 @@ __device__ __forceinline__ void score_gradients(float (&s)[kTiles][4], float (&d
 // Columns of dq, or of dk and dv, that a block sums: with the scores, their accumulators are most
 // of its registers. Wider rows take several blocks, which compute the same weights.
 template <typename T, int kHeadDim>
-constexpr int kQueryColumns = sizeof(T) == 4 && kHeadDim > 128 ? kHeadDim / 2 : kHeadDim;
+constexpr int kQueryColumns = sizeof(T) == 4 && kHeadDim > 128 ? 64 : kHeadDim;
 template <typename T, int kHeadDim>
 constexpr int kKeyColumns = sizeof(T) == 4 ? (kHeadDim <= 64       ? kHeadDim
                                               : kHeadDim % 64 == 0 ? 64

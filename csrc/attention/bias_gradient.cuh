@@ -30,8 +30,9 @@ struct BiasGradientParams {
   Extent own, shared;
 };
 
+// Two blocks: the compiler would spill to have three.
 template <typename T, int kHeadDim, typename Map>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 2)
     attention_dbias_kernel(const __grid_constant__ BiasGradientParams<Map> p) {
   using M = Mma<T>;
   using Shared = SharedTile<T, kHeadDim>;

@@ -141,7 +141,11 @@ __global__ void __launch_bounds__(128)
   const float factor = Term::kActive ? 1.f : p.scale;
   typename M::A held[kHold ? kSteps : 1][kRowTiles];
   const auto load_query = [&](int r, int k) {
-    return kHold ? held[kHold ? k : 0][r] : M::load_a(q, warp_row + r * 16, k * M::kDepth);
+    if constexpr (kHold) {
+      return held[k][r];
+    } else {
+      return M::load_a(q, warp_row + r * 16, k * M::kDepth);
+    }
   };
   float out[kRowTiles][kOut][4] = {};
   OnlineSoftmax<kRowTiles> softmax;

@@ -84,17 +84,15 @@ bool attend(const char* name, SequenceMap map, bool causal, bool with_bias, bool
 
 }  // namespace
 
+// Two steps of keys, or of queries, and two warps; not more, for the thread sanitizer pays for
+// every fiber.
 int main() {
-  bool ok = true;
-  for (uint64_t seed = 1; seed <= 2; ++seed) {
-    ok &= attend("dense", {1, 2, 75, 69, 1, nullptr, nullptr}, false, true, true, seed);
-    ok &= attend("causal", {1, 1, 37, 70, 1, nullptr, nullptr}, true, false, true, seed);
-    const auto cu = std::make_unique<int32_t[]>(4);
-    const int32_t odd[4] = {5, -7, 900, 3};
-    std::copy(odd, odd + 4, cu.get());
-    ok &=
-        attend("bad cu_seqlens", {1, 1, 40, 35, 3, cu.get(), cu.get()}, false, false, false, seed);
-  }
+  bool ok = attend("dense", {1, 1, 37, 69, 1, nullptr, nullptr}, false, true, true, 1);
+  ok &= attend("causal", {1, 1, 70, 37, 1, nullptr, nullptr}, true, false, true, 2);
+  const auto cu = std::make_unique<int32_t[]>(4);
+  const int32_t bad[4] = {5, -7, 900, 3};
+  std::copy(bad, bad + 4, cu.get());
+  ok &= attend("bad cu_seqlens", {1, 1, 40, 35, 3, cu.get(), cu.get()}, false, false, false, 3);
   std::printf(ok ? "done\n" : "failed\n");
   return ok ? 0 : 1;
 }
