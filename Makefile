@@ -11,6 +11,12 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' 2>/dev/null)
 
+# CUDA code for the GPUs of this machine; where there is none, for one architecture, which is enough
+# for the tests that read it. `pip install .` builds for all.
+TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader \
+	2>/dev/null | grep -x '[0-9.]*' | sort -u | sed 's/^9.0$$/9.0a/'),9.0a)
+export TORCH_CUDA_ARCH_LIST
+
 .PHONY: demo test bench gpu format lint native clean
 
 demo: native
