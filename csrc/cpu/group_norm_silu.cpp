@@ -83,14 +83,9 @@ Inputs read_inputs(const Tensor& x, int64_t num_groups, const std::optional<Tens
                   ": num_groups must be at least 1 and divide C = ", c, ", got ", num_groups);
   STD_TORCH_CHECK(eps >= 0, kOp, ": eps must be >= 0, got ", eps);
   Inputs in;
-  in.shape = {norm_element(kOp, "x", x),
-              n,
-              c,
-              n == 0 ? 0 : x.numel() / (n * c),
-              num_groups,
-              is_channels_last("x", x),
-              silu,
-              float(eps)};
+  in.shape = {
+      norm_element(kOp, "x", x), n,    c,         n == 0 ? 0 : x.numel() / (n * c), num_groups,
+      is_channels_last("x", x),  silu, float(eps)};
   in.weight = small_floats(kOp, "weight", weight, {c});
   in.bias = small_floats(kOp, "bias", bias, {c});
   in.add = small_floats(kOp, "add", add, {n, c});
