@@ -24,7 +24,7 @@ demo: native
 
 test: native lint
 	$(BIN)/vitkit doctor --strict
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

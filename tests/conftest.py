@@ -20,6 +20,15 @@ def pytest_configure(config):
         triton_interpreter.install()
 
 
+# With two processes and a file at a time (make test), the longest files must not come last.
+LONGEST = ("test_native_kernels", "test_triton_aot", "test_emulated_attention", "test_library")
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def device(request):
     return request.config.getoption("--device")
