@@ -37,7 +37,7 @@ TILES = (
 # Of the gradient: x, grad and two sums a column are held at once.
 BACKWARD_TILES = (
     Tile(128, 8, 4, "1024 elements of x and of grad, 8 a thread of each"),
-    Tile(512, 2, 4, "as for 128"),
+    Tile(512, 2, 4, "1024 elements each, as for 128"),
     Tile(2048, 1, 4, "16 a thread of x, grad and of each sum"),
     Tile(4096, 1, 8, "16 a thread of each, as above"),
     Tile(8192, 1, 16, "likewise; at 16384 even 16 warps spill, which is why rows end here"),
