@@ -429,8 +429,8 @@ def plan_backward(
 def _gradients(call: _Call, grad, bias, dimages, need_weight) -> list[torch.Tensor | None]:
     """[dweight, dbias, dnorm_weight, dnorm_bias] in float32."""
     if call.tokens == 0:
-        zeros = torch.zeros(call.embed, device=grad.device)
-        return [torch.zeros(call.weight.shape, device=grad.device), zeros, zeros, zeros]
+        shapes = (call.weight.shape, *[(call.embed,)] * 3)
+        return [torch.zeros(shape, device=grad.device) for shape in shapes]
     plan = plan_backward(call, grad, bias, dimages, need_weight, device_of(grad))
     run(plan.launches, grad)
     found: list[torch.Tensor | None] = [None] * 4
@@ -443,7 +443,7 @@ def _gradients(call: _Call, grad, bias, dimages, need_weight) -> list[torch.Tens
             dweight = dweight * (factor * call.scale) + offset * per_row
         found[:2] = dweight, dbias
     if plan.norm is not None:
-        found[2:] = plan.norm.sum(0)
+        found[2:] = [row.clone() for row in plan.norm.sum(0)]  # outputs share no memory
     return found
 
 
@@ -468,7 +468,8 @@ def backward(
     if pos is not None or prefix is not None:
         rows = grad.sum(0, dtype=torch.float32)
     late = call.prefixes if call.late else 0
-    sums = [None if rows is None else rows[late:], None if rows is None else rows[: call.prefixes]]
+    parts = (slice(late, None), slice(call.prefixes))
+    sums = [None if rows is None else rows[part].clone() for part in parts]
     weights = found[0] if need_weight else None
     return (
         weight.new_empty(0) if dimages is None else dimages,
