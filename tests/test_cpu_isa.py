@@ -22,7 +22,7 @@ def test_every_sample(cpu_isa, isa, dtype):
         function, tensors = sample.differentiable("cpu", dtype)
         outputs = function(*tensors, backend="cpu")
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        cotangents = [torch.randn_like(o) for o in outputs]
+        cotangents = [torch.randn_like(o) if o.is_floating_point() else None for o in outputs]
 
         def run(backend, values, function=function, cotangents=cotangents):
             results, grads = gradients(lambda *v: function(*v, backend=backend), values, cotangents)
@@ -31,4 +31,7 @@ def test_every_sample(cpu_isa, isa, dtype):
         exact = run("reference", double(*tensors))
         plain = run("reference", tensors)
         for i, (a, e, x) in enumerate(zip(run("cpu", tensors), plain, exact, strict=True)):
+            if not x.is_floating_point():
+                assert torch.equal(a, x)
+                continue
             assert_parity(f"{sample} on {isa}, tensor {i}", a, e, x, dtype=dtype, terms=64)

@@ -277,7 +277,7 @@ def test_subclassed_attention_is_left():
     block = timm_block(SwinTransformerBlock, (14, 14))
     block.attn.__class__ = Other
     report = vitkit.patch(block)
-    assert [r.name for r in report.replaced] == ["mlp.act"]
+    assert [r.name for r in report.replaced] == ["norm1", "norm2", "mlp.act"]
     assert "may compute something else" in str(report)
 
 
