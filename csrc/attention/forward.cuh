@@ -92,7 +92,7 @@ struct OnlineSoftmax {
 };
 
 template <typename T, int kHeadDim, typename Map, typename Term>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 2)
     attention_fwd_kernel(const __grid_constant__ ForwardParams<Map, Term> p) {
   using M = Mma<T>;
   using Shared = SharedTile<T, kHeadDim>;
