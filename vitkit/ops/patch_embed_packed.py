@@ -143,8 +143,8 @@ class _PatchEmbedPacked(torch.autograd.Function):
                 grad.contiguous(), pixels, places, weight, bias, ctx.mean, ctx.std, nw, nb,
                 ctx.eps, pos, needed[0], needed[2] or needed[3],
             )  # fmt: skip
-        found = (found[0], None, *found[1:])
-        return (None,) * 4 + tuple(g if n else None for g, n in zip(found, needed, strict=True))
+        grads = (found[0], None, *found[1:])  # places have none
+        return (None,) * 4 + tuple(g if n else None for g, n in zip(grads, needed, strict=True))
 
     @staticmethod
     def vmap(info, in_dims, *args):
