@@ -1,7 +1,8 @@
 # make demo    real models on a photograph, unpatched and patched, with the proof
 # make test    lint, types, and every test this machine can run
 # make bench   the CPU benchmark of the README
-# make gpu     build for the visible GPU, test, sanitise and benchmark on it
+# make gpu     build for the visible GPU, test, sanitise and benchmark on it, in ten minutes
+# make gpu-full  the same with every sanitizer, the full set and every rival
 # make format  rewrite all sources in the project's style
 #
 # Each target makes .venv and installs what it needs on the first run.
@@ -17,7 +18,7 @@ TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format
 	2>/dev/null | grep -x '[0-9.]*' | sort -u | sed 's/^9.0$$/9.0a/'),9.0a)
 export TORCH_CUDA_ARCH_LIST
 
-.PHONY: demo test bench gpu format lint native clean
+.PHONY: demo test bench gpu gpu-full format lint native clean
 
 demo: native
 	$(BIN)/vitkit demo
@@ -39,6 +40,9 @@ bench: native
 # pytest-benchmark are installed already.
 gpu:
 	$(PYTHON) benchmarks/gpu.py
+
+gpu-full:
+	$(PYTHON) benchmarks/gpu.py --full
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

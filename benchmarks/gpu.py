@@ -3,6 +3,8 @@
 Needs no network and no virtual environment where torch, triton, ninja, pybind11, pytest and
 pytest-benchmark are installed. Every stage has a time limit, a failing stage does not stop the
 others, and the exit code says at the end whether one failed. The whole takes under ten minutes.
+``make gpu-full`` has no such limit: every sanitizer, the full set and the scaling curves with every
+rival.
 """
 
 from __future__ import annotations
@@ -39,24 +41,33 @@ def visible_gpu() -> tuple[str, str] | None:
     return torch.cuda.get_device_name(), f"{major}.{minor}{'a' if major >= 9 else ''}"
 
 
-def stages(device: str, gpu_name: str) -> list[Stage]:
+SANITIZED = "head_dim_64 or unet_corner or packed"
+SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+HOUR = 3600
+
+
+def stages(device: str, gpu_name: str, full: bool = False) -> list[Stage]:
     """What runs, in order. Build first: everything after needs it."""
     python = sys.executable
     slug = "".join(c if c.isalnum() else "-" for c in gpu_name.lower()).strip("-")
-    result = RESULTS / f"{slug}.json"
+    tests = [python, "-m", "pytest", "-q", f"--device={device}"]
     found = [
-        Stage("build", [python, "csrc/build.py"], 180),
-        Stage("tests", [python, "-m", "pytest", "-q", "-x", f"--device={device}", *OP_TESTS], 240),
+        Stage("build", [python, "csrc/build.py"], HOUR if full else 150),
+        Stage("tests", [*tests, *([] if full else ["-x"]), *OP_TESTS], HOUR if full else 200),
     ]
     sanitizer = shutil.which("compute-sanitizer")
     if device == "cuda" and sanitizer:
-        subset = "head_dim_64 or unet_corner or packed"
-        command = [python, "-m", "pytest", "-q", "-x", "--device=cuda", "-k", subset, *OP_TESTS[:2]]
-        found.append(Stage("memcheck", [sanitizer, "--error-exitcode", "9", *command], 120))
-    bench = [python, "-m", "vitkit.benchmarks", f"--device={device}", "--set", "fast"]
-    page = RESULTS / f"{slug}.html"
-    limit = ["--seconds", "1", "--json", str(result), "--report", str(page)]
-    found.append(Stage("benchmarks", [*bench, *limit], 240))
+        subset = [*tests, "-x", "-k", SANITIZED, *OP_TESTS[:2]]
+        for tool in SANITIZERS if full else SANITIZERS[:1]:
+            command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *subset]
+            found.append(Stage(tool, command, HOUR if full else 60))
+    bench = [python, "-m", "vitkit.benchmarks", f"--device={device}"]
+    for which in ("full", "scaling") if full else ("fast",):
+        name = RESULTS / (f"{slug}.json" if which == "fast" else f"{slug}-{which}.json")
+        store = ["--json", str(name), "--report", str(name.with_suffix(".html"))]
+        manner = ["--rivals", "all", "--cache", "cold"] if full else ["--seconds", "0.3"]
+        command = [*bench, "--set", which, *manner, *store]
+        found.append(Stage(f"benchmarks, {which} set", command, HOUR if full else 190))
     return found
 
 
@@ -117,16 +128,16 @@ def run(found: list[Stage], env: dict[str, str]) -> dict[str, str]:
     return outcome
 
 
-def main() -> int:
+def main(full: bool = False) -> int:
     gpu = visible_gpu()
     if gpu is None:
         print("make gpu: no GPU is visible to torch; `make test` checks what can be without one")
         return 2
     RESULTS.mkdir(parents=True, exist_ok=True)
-    outcome = run(stages("cuda", gpu[0]), environment(gpu[1]))
+    outcome = run(stages("cuda", gpu[0], full), environment(gpu[1]))
     print("\n".join(f"{name}: {verdict}" for name, verdict in outcome.items()))
     return 0 if all(verdict.startswith("ok") for verdict in outcome.values()) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(full="--full" in sys.argv[1:]))

@@ -8,12 +8,9 @@ any other.
 from __future__ import annotations
 
 import math
-import os
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,7 +19,11 @@ from torch.utils._pytree import tree_map_only
 
 from vitkit._numerics import Parity, parity
 
+from .ceilings import Roofline
+from .timing import Clock, interval, peak_bytes, spread, synchronize
+
 Outputs = Sequence[torch.Tensor]
+MAX_AUTOTUNE = "max-autotune"
 
 
 @dataclass
@@ -32,6 +33,11 @@ class Provider:
     name: str
     call: Callable[[], Outputs]
     ours: bool = False
+
+    @property
+    def thorough(self) -> bool:
+        """Whether it takes so long to tune that it runs only where that is asked for."""
+        return MAX_AUTOTUNE in self.name
 
 
 @dataclass
@@ -49,6 +55,8 @@ class Case:
         flops, bytes: of the mathematical operation; bytes are inputs and outputs touched once.
         terms: of the longest sum, for the tolerance.
         target: the least acceptable ratio of the best rival's time to ours, None without one.
+        sets: which sets it belongs to.
+        curve, size: the scaling curve it is a point of and its place there; "" without one.
     """
 
     op: str
@@ -63,11 +71,15 @@ class Case:
     terms: int
     target: float | None = None
     sets: tuple[str, ...] = ("full",)
+    curve: str = ""
+    size: float = 0.0
 
 
 @dataclass
 class Row:
-    """One measured case, as it is stored."""
+    """One measured case, as it is stored. ``interval``: 20th and 80th percentile of our times and
+    those of the best rival, in microseconds. ``scale``: largest exact output. ``modelled``: not
+    measured, but computed from another point of its curve."""
 
     op: str
     name: str
@@ -92,6 +104,13 @@ class Row:
     best_rival_peak_mbytes: float
     first_call_ms: float
     failed: dict[str, str] = field(default_factory=dict)
+    interval: tuple[float, float] = (math.nan, math.nan)
+    rival_interval: tuple[float, float] = (math.nan, math.nan)
+    rival_first_calls_ms: dict[str, float] = field(default_factory=dict)
+    scale: float = math.nan
+    curve: str = ""
+    size: float = 0.0
+    modelled: bool = False
 
     @property
     def met(self) -> bool:
@@ -107,55 +126,6 @@ class WrongNumbers(RuntimeError):
 
 class BeyondRoofline(RuntimeError):
     """A time shorter than the machine can do: the measurement is wrong."""
-
-
-@dataclass(frozen=True)
-class Roofline:
-    """What this machine does at best, measured in the same run."""
-
-    gemm_gflops: dict[str, float]
-    copy_gbytes: float
-
-    def peak(self, dtype: torch.dtype) -> float:
-        """FLOP/s of the fastest unit the dtype may use: bfloat16 may be computed in float32."""
-        name = str(dtype).removeprefix("torch.")
-        return 1e9 * max(self.gemm_gflops.get(name, 0.0), self.gemm_gflops["float32"])
-
-    def floor(self, case: Case) -> float:
-        """Seconds below which the case cannot go."""
-        return max(case.flops / self.peak(case.dtype), case.bytes / (self.copy_gbytes * 1e9))
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def measure_roofline(device: str, dtypes: Sequence[torch.dtype]) -> Roofline:
-    """GEMM peak per dtype and copy bandwidth."""
-    gflops = {}
-    for dtype in {torch.float32, *dtypes}:
-        n = 8192 if device == "cuda" else 1024
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        samples = [_sample(lambda a=a, b=b: a @ b, device, 1)]
-        while len(samples) < 5 and sum(samples) < 1:  # without a unit of its own a dtype takes long
-            samples.append(_sample(lambda a=a, b=b: a @ b, device, 1))
-        seconds = min(samples)
-        gflops[str(dtype).removeprefix("torch.")] = 2 * n**3 / seconds / 1e9
-    source = torch.randn((1 << 28) if device == "cuda" else (1 << 24), device=device)
-    target = torch.empty_like(source)
-    seconds = min(_sample(lambda: target.copy_(source), device, 1) for _ in range(5))
-    return Roofline(gflops, 2 * source.nbytes / seconds / 1e9)
-
-
-def _sample(call: Callable[[], Any], device: str, repeats: int) -> float:
-    """Seconds per call over ``repeats`` calls."""
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    synchronize(device)
-    return (time.perf_counter() - start) / repeats
 
 
 class _Poisoned:
@@ -183,41 +153,6 @@ def _gate(provider: Provider, eager: Outputs, exact: Outputs, case: Case) -> lis
     return results
 
 
-@contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """The profiler's C++ log lines would tear the table apart."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
-
-
-def peak_bytes(call: Callable[[], Any], device: str) -> float:
-    """Most memory allocated at once by one call, beyond what was there."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with _quiet_stderr(), torch.profiler.profile(profile_memory=True) as profile:
-        result = call()
-        del result
-    now = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return float(peak)
-
-
 def half_on_cpu(dtype: torch.dtype, device: str) -> bool:
     """Whether rivals also run ``in_float32``: on a CPU without matrix instructions for half
     precision that is the quicker way, and what a user would do."""
@@ -234,6 +169,16 @@ def in_float32(function: Callable[..., Any], dtype: torch.dtype) -> Callable[...
     return call
 
 
+def compiled(function: Callable[..., Any], kind: str = "") -> dict[str, Callable[..., Any]]:
+    """torch.compile's rivals of ``function``, by name; ``kind`` says which function it is."""
+    return {
+        f"torch.compile{kind and ' '}{kind}": torch.compile(function),
+        f"torch.compile {MAX_AUTOTUNE}{kind and ' '}{kind}": torch.compile(
+            function, mode=f"{MAX_AUTOTUNE}-no-cudagraphs"
+        ),
+    }
+
+
 # Seconds of a round of all providers beyond which two rounds have to do.
 SLOW_ROUND = 20.0
 # A rival so many times slower than the fastest provider is out of the race: one warm call of it is
@@ -245,7 +190,7 @@ SPREAD = 0.15
 
 
 def _rounds(
-    providers: Sequence[Provider], device: str, seconds: float, first: dict[str, float]
+    providers: Sequence[Provider], clock: Clock, seconds: float, first: dict[str, float]
 ) -> dict[str, list[float]]:
     """Providers take turns until the time is used up, at least five rounds (two of slow ones);
     ``first`` holds the seconds of a warm call of each."""
@@ -258,21 +203,15 @@ def _rounds(
     least = 5 if sum(first[p.name] for p in racing) < SLOW_ROUND else 2
     while rounds < least or (time.perf_counter() < stop and rounds < 200):
         for p in racing:
-            samples[p.name].append(_sample(p.call, device, repeats[p.name]))
+            samples[p.name].append(clock.sample(p.call, repeats[p.name]))
         rounds += 1
     return samples
-
-
-def _spread(samples: Sequence[float]) -> float:
-    """Interquartile range over median."""
-    quartiles = statistics.quantiles(samples, n=4)
-    return (quartiles[2] - quartiles[0]) / statistics.median(samples)
 
 
 def _calm_rounds(
     ours: Provider,
     providers: Sequence[Provider],
-    device: str,
+    clock: Clock,
     seconds: float,
     first: dict[str, float],
 ) -> dict[str, list[float]]:
@@ -280,27 +219,34 @@ def _calm_rounds(
     spread less than SPREAD. Which run is kept does not depend on who wins it."""
     runs = []
     for _ in range(3):
-        samples = _rounds(providers, device, seconds, first)
+        samples = _rounds(providers, clock, seconds, first)
         rivals = [p.name for p in providers if p is not ours]
         best = min(rivals, key=lambda name: statistics.median(samples[name]), default=ours.name)
-        in_race = [name for name in (ours.name, best) if len(samples[name]) > 1]
-        runs.append((max(_spread(samples[name]) for name in in_race), samples))
+        runs.append((max(spread(samples[name]) for name in (ours.name, best)), samples))
         if runs[-1][0] < SPREAD:
             break
     return min(runs, key=lambda run: run[0])[1]
 
 
-def measure(case: Case, device: str, roofline: Roofline, seconds: float = 3.0) -> Row:
-    """Measures one case.
+@dataclass
+class _Gated:
+    """The providers of a case whose numbers are right, and what was learned on the way."""
 
-    Raises:
-        WrongNumbers: our own outputs miss the tolerance.
-        BeyondRoofline: our own time is impossible.
-    """
+    ours: Provider
+    providers: list[Provider]
+    check: Callable[[Provider], list[Parity]]
+    errors: list[Parity]
+    first_call: dict[str, float]
+    failed: dict[str, str]
+
+
+def _pass_gate(case: Case, device: str, thorough: bool) -> _Gated:
+    """Calls every provider once and compares; raises WrongNumbers for our own."""
     providers, exact_of = case.make()
-    exact = exact_of()
+    providers = [p for p in providers if thorough or not p.thorough]
     ours = next(p for p in providers if p.ours)
     eager_provider = next(p for p in providers if p.name == "eager")
+    exact = exact_of()
     first_call: dict[str, float] = {}
 
     def call_first(p: Provider) -> Outputs:
@@ -312,37 +258,55 @@ def measure(case: Case, device: str, roofline: Roofline, seconds: float = 3.0) -
         return outputs
 
     eager = [t.detach().clone() for t in call_first(eager_provider)]
-    failed: dict[str, str] = {}
-    running = []
+    found = _Gated(ours, [], lambda p: _gate(p, eager, exact, case), [], first_call, {})
     for p in providers:
         try:
             if p is not eager_provider:
                 call_first(p)
-            if p is ours:
-                errors = _gate(p, eager, exact, case)
-            elif p is not eager_provider:
-                _gate(p, eager, exact, case)
-            running.append(p)
+                errors = found.check(p)
+                found.errors = errors if p is ours else found.errors
+            found.providers.append(p)
         except Exception as error:
             if p.ours:
                 raise
-            failed[p.name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            found.failed[p.name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return found
+
+
+def measure(
+    case: Case,
+    device: str,
+    roofline: Roofline,
+    seconds: float = 3.0,
+    cache: str = "warm",
+    thorough: bool = False,
+) -> Row:
+    """Measures one case; ``cache`` as Clock has it, ``thorough`` with the rivals that take long to
+    compile.
+
+    Raises:
+        WrongNumbers: our own outputs miss the tolerance.
+        BeyondRoofline: our own time is impossible.
+    """
+    clock = Clock(device, cache)
+    gated = _pass_gate(case, device, thorough)
+    ours, first_call = gated.ours, gated.first_call
     first = {}
-    for p in running:
+    for p in gated.providers:
         warm = first_call[p.name] > WARM_SECONDS and "compile" not in p.name
-        first[p.name] = first_call[p.name] if warm else _sample(p.call, device, 1)
-    samples = _calm_rounds(ours, running, device, seconds, first)
-    _gate(ours, eager, exact, case)
+        first[p.name] = first_call[p.name] if warm else clock.sample(p.call)
+    samples = _calm_rounds(ours, gated.providers, clock, seconds, first)
+    gated.check(ours)
     medians = {name: statistics.median(s) for name, s in samples.items()}
     mine = medians.pop(ours.name)
-    floor = roofline.floor(case)
+    floor = roofline.floor(case.flops, case.bytes, case.dtype)
     if mine < 0.8 * floor and case.bytes > 1e8:
         raise BeyondRoofline(
             f"{case.name}: {mine * 1e6:.1f} us is below the floor {floor * 1e6:.1f}"
         )
     best = min(medians, key=lambda name: medians[name])
-    best_provider = next(p for p in running if p.name == best)
-    worst = max(errors, key=lambda e: e.max_error / (e.max_limit or 1))
+    best_provider = next(p for p in gated.providers if p.name == best)
+    worst = max(gated.errors, key=lambda e: e.max_error / (e.max_limit or 1))
     return Row(
         op=case.op,
         name=case.name,
@@ -352,7 +316,7 @@ def measure(case: Case, device: str, roofline: Roofline, seconds: float = 3.0) -
         shape=case.shape,
         provider=ours.name,
         microseconds=mine * 1e6,
-        spread=_spread(samples[ours.name]),
+        spread=spread(samples[ours.name]),
         rivals={name: value * 1e6 for name, value in sorted(medians.items())},
         best_rival=best,
         ratio=medians[best] / mine,
@@ -365,9 +329,37 @@ def measure(case: Case, device: str, roofline: Roofline, seconds: float = 3.0) -
         floor_fraction=floor / mine,
         peak_mbytes=peak_bytes(ours.call, device) / 2**20,
         best_rival_peak_mbytes=peak_bytes(best_provider.call, device) / 2**20,
-        first_call_ms=first_call[ours.name] * 1e3,
-        failed=failed,
+        first_call_ms=first_call.pop(ours.name) * 1e3,
+        failed=gated.failed,
+        interval=_microseconds(samples[ours.name]),
+        rival_interval=_microseconds(samples[best]),
+        rival_first_calls_ms={name: value * 1e3 for name, value in sorted(first_call.items())},
+        scale=worst.scale,
+        curve=case.curve,
+        size=case.size,
     )
+
+
+def _microseconds(samples: Sequence[float]) -> tuple[float, float]:
+    low, high = interval(samples)
+    return low * 1e6, high * 1e6
+
+
+def modelled(case: Case, measured: Row) -> Row:
+    """The point of a curve that takes too long to measure: time in proportion to the operations,
+    memory to the size, from the largest measured point. It has no rivals and no error."""
+    work = case.flops / (measured.gflops * 1e9)
+    row = Row(**(measured.to_dict() | {"rivals": {}, "rival_first_calls_ms": {}, "failed": {}}))
+    row.name, row.shape, row.size, row.modelled = case.name, case.shape, case.size, True
+    row.microseconds = work * 1e6
+    row.gbytes = case.bytes / work / 1e9
+    row.peak_mbytes = measured.peak_mbytes * case.size / measured.size
+    row.best_rival, row.target = "", None
+    for unknown in ("ratio", "spread", "max_error", "error_limit", "eager_error", "scale",
+                    "floor_fraction", "best_rival_peak_mbytes", "first_call_ms"):  # fmt: skip
+        setattr(row, unknown, math.nan)
+    row.interval = row.rival_interval = (math.nan, math.nan)
+    return row
 
 
 def geometric_mean(values: Sequence[float]) -> float:

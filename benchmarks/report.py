@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from .harness import Roofline, Row, geometric_mean
+from .ceilings import Roofline
+from .harness import Row, geometric_mean
 
 BEGIN, END = "<!-- benchmark table: begin -->", "<!-- benchmark table: end -->"
 
@@ -26,6 +28,11 @@ def describe_roofline(roofline: Roofline) -> str:
 
 
 def describe_row(row: Row) -> str:
+    if row.modelled:
+        return (
+            f"{row.op} {row.name} {row.mode} {row.dtype} {row.layout}:"
+            f" {_time(row.microseconds)}, modelled"
+        )
     target = (
         "" if row.target is None else f", target {row.target:.2f}x {'met' if row.met else 'MISSED'}"
     )
@@ -42,6 +49,7 @@ def describe_environment(facts: dict[str, Any]) -> str:
         f"{facts['device']}, {facts['threads']} threads{isa}; torch {facts['torch']},"
         f" vitkit {facts['vitkit']} ({facts['commit']}), {facts['date']}."
         f" Measured in the same run: {gemm} (torch.mm), {facts['copy_gbytes']:.1f} GB/s (copy)."
+        f" Caches were {facts.get('cache', 'warm')}."
     )
 
 
@@ -52,7 +60,9 @@ def markdown(facts: dict[str, Any], rows: Sequence[Row]) -> str:
         calls = (f"{name} {us:.1f} us" for name, us in facts["call_microseconds"].items())
         lines += [f"A call on one element: {', '.join(calls)}.", ""]
     for op in dict.fromkeys(r.op for r in rows):
-        mine = [r for r in rows if r.op == op]
+        mine = [r for r in rows if r.op == op and not r.curve]
+        if not mine:
+            continue
         lines += [
             f"**{op}**: {geometric_mean([r.ratio for r in mine]):.2f}x the best rival"
             f" (geometric mean of {len(mine)} rows)",
@@ -70,8 +80,42 @@ def markdown(facts: dict[str, Any], rows: Sequence[Row]) -> str:
                 f" | {_time(r.microseconds)} | {rival} | **{r.ratio:.2f}x** | {target}"
                 f" | {error:.2f} | {r.floor_fraction:.0%} |"
             )
-        lines.append("")
+        lines += ["", _first_calls(mine), ""]
+    for op, curve in dict.fromkeys((r.op, r.curve) for r in rows if r.curve):
+        lines += _curve(curve, [r for r in rows if (r.op, r.curve) == (op, curve)])
     return "\n".join(lines)
+
+
+def _first_calls(rows: Sequence[Row]) -> str:
+    """What compiling and tuning took before the clock ran."""
+    ours = max(r.first_call_ms for r in rows)
+    text = f"First calls, not in the times: vitkit at most {ours:.0f} ms"
+    compiled = [
+        ms for r in rows for name, ms in r.rival_first_calls_ms.items() if "compile" in name
+    ]
+    if compiled:
+        text += f", torch.compile {min(compiled) / 1e3:.1f} to {max(compiled) / 1e3:.1f} s"
+    return text + "."
+
+
+def _curve(curve: str, rows: Sequence[Row]) -> list[str]:
+    """Time and memory against size."""
+    lines = [
+        f"**{rows[0].op}** against {curve}:",
+        "",
+        "| size | dtype | vitkit | best rival | speed-up | vitkit MiB | rival MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in sorted(rows, key=lambda r: (r.dtype, r.size)):
+        mine = f"| {r.size:,.0f} | {r.dtype} | {_time(r.microseconds)}"
+        if r.modelled:
+            lines.append(f"{mine} (modelled) | | | {r.peak_mbytes:.1f} (modelled) | |")
+            continue
+        lines.append(
+            f"{mine} | {r.best_rival} {_time(r.rivals[r.best_rival])} | **{r.ratio:.2f}x**"
+            f" | {r.peak_mbytes:.1f} | {r.best_rival_peak_mbytes:.1f} |"
+        )
+    return [*lines, ""]
 
 
 def _time(microseconds: float) -> str:
@@ -79,8 +123,22 @@ def _time(microseconds: float) -> str:
 
 
 def as_json(facts: dict[str, Any], rows: Sequence[Row], failures: dict[str, str]) -> str:
-    data = {"environment": facts, "rows": [r.to_dict() for r in rows], "failures": failures}
-    return json.dumps(data, indent=1)
+    stored = [{k: _null(v) for k, v in r.to_dict().items()} for r in rows]
+    data = {"environment": facts, "rows": stored, "failures": failures}
+    return json.dumps(data, indent=1, allow_nan=False)
+
+
+def _null(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, tuple):
+        return [_null(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _number(key: str, value: Any) -> Any:
+    if key.endswith("interval"):
+        return tuple(_number("", v) for v in value)
+    return math.nan if value is None and key != "target" else value
 
 
 def store(path: Path, facts: dict[str, Any], rows: Sequence[Row], failures: dict[str, str]) -> None:
@@ -90,23 +148,30 @@ def store(path: Path, facts: dict[str, Any], rows: Sequence[Row], failures: dict
 
 def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
     data = json.loads(path.read_text())
-    return data["environment"], [Row(**row) for row in data["rows"]]
+    rows = [Row(**{k: _number(k, v) for k, v in row.items()}) for row in data["rows"]]
+    return data["environment"], rows
 
 
 def html(facts: dict[str, Any], rows: Sequence[Row]) -> str:
-    """A self-contained page of speed-up bars, readable on a phone, light and dark."""
+    """A self-contained page: speed-up bars, curves, roofline, memory and error. Readable on a
+    phone, light and dark."""
     import jinja2
+
+    from . import plots
 
     source = files(__package__).joinpath("page.html").read_text()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     ops = []
     for op in dict.fromkeys(r.op for r in rows):
-        mine = [r for r in rows if r.op == op]
+        mine = [r for r in rows if r.op == op and not r.curve]
+        if not mine:
+            continue
         ops.append({"name": op, "mean": geometric_mean([r.ratio for r in mine]), "rows": mine})
     return environment.from_string(source).render(
         environment=describe_environment(facts),
-        longest=max([r.ratio for r in rows] + [1.0]),
+        longest=max([r.ratio for r in rows if not r.modelled] + [1.0]),
         ops=ops,
+        plots=plots.all_plots(facts, rows),
         time=_time,
     )
 

@@ -8,28 +8,23 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from . import overhead, report
-from .harness import Case, Roofline, Row, measure, measure_roofline
+from vitkit import backends
 
-OPS = (
-    "group_norm_silu",
-    "flash_attention",
-    "window_attention",
-    "dilated_attention",
-    "swiglu",
-    "geglu",
-    "gelu",
-    "rope_2d",
-    "layer_norm_modulate",
-    "gated_residual",
-    "patch_embed",
-)
+from . import compare, overhead, own, report
+from .ceilings import Roofline, measure_roofline
+from .harness import Case, Row, measure, modelled
+from .timing import CACHES
+
+OPS = tuple(own.OPS)
+SETS = ("smoke", "fast", "full", "scaling")
 STDOUT = Path("-")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Speed and parity of the ops against the best PyTorch has, in one run.",
     )
     p.add_argument("ops", nargs="*", help=f"any of {', '.join(OPS)}; all without one")
-    p.add_argument("--set", default="fast", choices=("smoke", "fast", "full"), dest="which")
+    p.add_argument("--set", default="fast", choices=SETS, dest="which")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--backend", default="auto", help="backend of vitkit's ops")
     p.add_argument("--dtype", choices=sorted(DTYPES), help="only this dtype")
@@ -52,73 +47,26 @@ def _parser() -> argparse.ArgumentParser:
         help="store the rows in FILE; without one, print them instead of the table",
     )  # fmt: skip
     p.add_argument("--report", type=Path, help="write an HTML page here")
-    shape = p.add_argument_group("your own shape")
-    shape.add_argument("--q", help="flash_attention: BxNxHxD")
-    shape.add_argument("--k", help="flash_attention: BxNxHxD of k and v, that of q without it")
-    shape.add_argument("--bias", default="none", help="none, heads, batch or keys")
-    shape.add_argument("--shape", help="group_norm_silu: NxCxHxW")
-    shape.add_argument("--groups", type=int, default=32)
-    shape.add_argument("--layout", choices=("nchw", "nhwc"), default="nchw")
-    shape.add_argument("--tokens", type=int, help="dilated_attention: N")
-    shape.add_argument("--heads", type=int, default=16, help="dilated_attention: H")
-    shape.add_argument("--head-dim", type=int, default=48, help="dilated_attention: D")
-    shape.add_argument("--backward", action="store_true", help="forward+backward")
+    p.add_argument(
+        "--compare", type=Path, metavar="FILE", help="stored rows to compare with, slow-downs first"
+    )
+    p.add_argument("--cache", default="warm", choices=CACHES, help="swept before each call if cold")
+    p.add_argument(
+        "--rivals", choices=("usual", "all"), default="usual",
+        help="all: also those that a compiler tunes for minutes",
+    )  # fmt: skip
+    p.add_argument(
+        "--time-box", type=float, default=5.0, metavar="SECONDS",
+        help="points of a scaling curve with longer calls are modelled",
+    )  # fmt: skip
+    own.add_options(p)
     return p
 
 
-def _integers(text: str, count: int, flag: str) -> tuple[int, ...]:
-    parts = text.lower().split("x")
-    if len(parts) != count or not all(p.isdigit() and int(p) > 0 for p in parts):
-        raise SystemExit(
-            f"vitkit bench: {flag} must be {count} sizes like 8x197x12x64, got {text!r}"
-        )
-    return tuple(int(p) for p in parts)
-
-
-def _own_case(options: argparse.Namespace) -> Case | None:
-    """The case described on the command line, None if none is."""
-    dtype = DTYPES[options.dtype or "fp32"]
-    if options.q:
-        from .cases import flash_attention
-
-        b, nq, h, d = _integers(options.q, 4, "--q")
-        kb, nk, kh, kd = _integers(options.k, 4, "--k") if options.k else (b, nq, h, d)
-        if (kb, kh, kd) != (b, h, d):
-            raise SystemExit("vitkit bench: --k must have the batch, heads and head dim of --q")
-        return flash_attention.make_case(
-            "your shape", b, nq, nk, h, d, options.bias, dtype, options.backward, options.device,
-            backend=options.backend,
-        )  # fmt: skip
-    if options.shape:
-        from .cases import group_norm_silu
-
-        shape = _integers(options.shape, 4, "--shape")
-        return group_norm_silu.make_case(
-            "your shape", shape, options.groups, dtype, options.layout == "nhwc", options.backward,
-            options.device, backend=options.backend,
-        )  # fmt: skip
-    if options.tokens is not None:
-        from .cases import dilated_attention
-
-        sizes = _token_sizes(options)
-        return dilated_attention.make_case(
-            "your shape", *sizes, dtype, options.backward, options.device, backend=options.backend
-        )
-    return None
-
-
-def _token_sizes(options: argparse.Namespace) -> tuple[int, int, int, int]:
-    """[B, N, H, D] of dilated_attention."""
-    sizes = (1, options.tokens, options.heads, options.head_dim)
-    if min(sizes) < 1:
-        raise SystemExit("vitkit bench: --tokens, --heads and --head-dim must be at least 1")
-    return sizes
-
-
 def selected_cases(options: argparse.Namespace) -> list[Case]:
-    own = _own_case(options)
-    if own is not None:
-        return [own]
+    op = own.chosen(options)
+    if op is not None:
+        return [own.case(options, op, DTYPES[options.dtype or "fp32"])]
     unknown = sorted(set(options.ops) - set(OPS))
     if unknown:
         raise SystemExit(
@@ -138,7 +86,7 @@ def selected_cases(options: argparse.Namespace) -> list[Case]:
     ]
 
 
-def environment(device: str, roofline: Roofline) -> dict[str, Any]:
+def environment(device: str, roofline: Roofline, cache: str = "warm") -> dict[str, Any]:
     """Hardware, versions and commit: what a stored row means nothing without. On a CPU also what
     calling an op costs before its kernel does any work."""
     from vitkit import doctor
@@ -160,6 +108,7 @@ def environment(device: str, roofline: Roofline) -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": commit.stdout.strip() or None,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "cache": cache,
         "gemm_gflops": roofline.gemm_gflops,
         "copy_gbytes": roofline.copy_gbytes,
         "call_microseconds": overhead.measure() if device == "cpu" else {},
@@ -180,8 +129,42 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+@contextmanager
+def preferred(backend: str) -> Iterator[None]:
+    """vitkit's ops take ``backend`` where a call names none."""
+    before = backends.DEFAULT
+    backends.DEFAULT = backend
+    try:
+        yield
+    finally:
+        backends.DEFAULT = before
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How cases are measured: seconds per row, state of the cache, which rivals, and the seconds
+    of a call beyond which a point of a curve is modelled."""
+
+    seconds: float = 1.0
+    cache: str = "warm"
+    thorough: bool = False
+    time_box: float = 5.0
+
+
+def _measure_or_model(
+    case: Case, device: str, roofline: Roofline, manner: Manner, curve: Sequence[Row]
+) -> Row:
+    """``curve``: the measured points of the case's curve so far."""
+    if curve and case.flops / (curve[-1].gflops * 1e9) > manner.time_box:
+        return modelled(case, curve[-1])
+    return measure(case, device, roofline, manner.seconds, manner.cache, manner.thorough)
+
+
 def run(
-    cases: Sequence[Case], device: str, seconds: float = 2.0, progress: TextIO | None = None
+    cases: Sequence[Case],
+    device: str,
+    manner: Manner = Manner(),
+    progress: TextIO | None = None,
 ) -> tuple[dict[str, Any], list[Row], dict[str, str]]:
     """Measures all cases; returns the environment, the rows, and what failed, by case. ``progress``
     gets a line per case."""
@@ -195,63 +178,47 @@ def run(
     rows: list[Row] = []
     failures: dict[str, str] = {}
     for index, case in enumerate(cases):
-        label = f"{case.op} {case.name} {case.mode} {str(case.dtype)[6:]} {case.layout}"
+        dtype = str(case.dtype).removeprefix("torch.")
+        label = f"{case.op} {case.name} {case.mode} {dtype} {case.layout}"
+        line = [r for r in rows if case.curve and (r.op, r.curve, r.dtype, r.modelled) ==
+                (case.op, case.curve, dtype, False)]  # fmt: skip
         try:
             torch._dynamo.reset()
-            rows.append(measure(case, device, roofline, seconds))
+            rows.append(_measure_or_model(case, device, roofline, manner, line))
             tell(f"[{index + 1}/{len(cases)}] {report.describe_row(rows[-1])}")
         except Exception as error:
             failures[label] = f"{type(error).__name__}: {error}".splitlines()[0]
             tell(f"[{index + 1}/{len(cases)}] {label}: FAILED {failures[label]}")
-    return environment(device, roofline), rows, failures
+    return environment(device, roofline, manner.cache), rows, failures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 1 if a row's numbers were wrong or it could not run."""
     options = _parser().parse_args(arguments)
+    old = None if options.compare is None else report.load(options.compare)
     cases = selected_cases(options)
     if not cases:
         raise SystemExit("vitkit bench: no case matches these options")
     # With JSON on the standard output, everything for people goes to the other one.
     talk = sys.stderr if options.json == STDOUT else sys.stdout
-    if len(cases) == 1 and cases[0].name == "your shape":
-        print(_explain(options), file=talk, flush=True)
-    facts, rows, failures = run(cases, options.device, options.seconds, talk)
+    if cases[0].name == own.NAME:
+        dtype = DTYPES[options.dtype or "fp32"]
+        print(own.explanation(options, cases[0].op, dtype), file=talk, flush=True)
+    manner = Manner(options.seconds, options.cache, options.rivals == "all", options.time_box)
+    with preferred(options.backend):
+        facts, rows, failures = run(cases, options.device, manner, talk)
     if options.json == STDOUT:
         print(report.as_json(facts, rows, failures))
     else:
         print()
         print(report.markdown(facts, rows))
+    if old is not None:
+        print(compare.markdown(*old, facts, rows), file=talk)
     if options.json and options.json != STDOUT:
         report.store(options.json, facts, rows, failures)
     if options.report:
         options.report.write_text(report.html(facts, rows))
     return 1 if failures else 0
-
-
-def _explain(options: argparse.Namespace) -> str:
-    """Which backend the case takes and why."""
-    import vitkit
-
-    dtype = DTYPES[options.dtype or "fp32"]
-    if options.q:
-        b, nq, h, d = _integers(options.q, 4, "--q")
-        nk = _integers(options.k, 4, "--k")[1] if options.k else nq
-        q = torch.empty(b, nq, h, d, dtype=dtype, device=options.device)
-        k = torch.empty(b, nk, h, d, dtype=dtype, device=options.device)
-        return str(vitkit.explain("flash_attention", q, k, k, backend=options.backend))
-    if options.tokens is not None:
-        from .cases import dilated_attention as case
-
-        q = torch.empty(_token_sizes(options), dtype=dtype, device=options.device)
-        return str(
-            vitkit.explain(
-                case.OP, q, q, q, segment_lengths=case.LENGTHS, dilation_ratios=case.RATIOS,
-                backend=options.backend,
-            )
-        )  # fmt: skip
-    x = torch.empty(_integers(options.shape, 4, "--shape"), dtype=dtype, device=options.device)
-    return str(vitkit.explain("group_norm_silu", x, options.groups, backend=options.backend))
 
 
 if __name__ == "__main__":

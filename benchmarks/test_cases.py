@@ -5,38 +5,17 @@ Without that option each case of the smoke set runs once behind the parity gate.
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
-from vitkit.benchmarks.cases import (
-    dilated_attention,
-    flash_attention,
-    gated_residual,
-    geglu,
-    gelu,
-    group_norm_silu,
-    layer_norm_modulate,
-    patch_embed,
-    rope_2d,
-    swiglu,
-    window_attention,
-)
 from vitkit.benchmarks.harness import _gate
+from vitkit.benchmarks.run import OPS
+from vitkit.benchmarks.timing import Clock
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MODULES = (
-    group_norm_silu,
-    flash_attention,
-    window_attention,
-    dilated_attention,
-    patch_embed,
-    layer_norm_modulate,
-    gated_residual,
-    swiglu,
-    geglu,
-    gelu,
-    rope_2d,
-)
+MODULES = [importlib.import_module(f"vitkit.benchmarks.cases.{op}") for op in OPS]
 CASES = [c for module in MODULES for c in module.cases(DEVICE) if "smoke" in c.sets]
 
 
@@ -55,4 +34,5 @@ def test_case(case, benchmark):
     benchmark.group = f"{case.op} {case.name} {case.mode}"
     benchmark.extra_info["max_error"] = max(e.max_error for e in errors)
     benchmark.extra_info["shape"] = case.shape
+    benchmark.extra_info["device_microseconds"] = 1e6 * Clock(DEVICE).sample(ours.call)
     benchmark(lambda: (ours.call(), torch.cuda.synchronize() if DEVICE == "cuda" else None))

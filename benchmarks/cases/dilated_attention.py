@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 import vitkit
 
-from ..harness import Case, Outputs, Provider, half_on_cpu, in_float32, synchronize
+from ..harness import Case, Outputs, Provider, compiled, half_on_cpu, in_float32
+from ..timing import synchronize
 
 OP = "dilated_attention"
 LENGTHS = (1024, 5792, 32768, 185363, 1048576)
@@ -34,6 +35,9 @@ SHAPES: list[tuple[int, str, tuple[float | None, ...], tuple[str, ...]]] = [
     (10000, "forward+backward", (None, None), ("full",)),
     (50000, "forward", (None, None), ("full",)),
 ]
+CURVE = "tokens, 1 head of 48, Prov-GigaPath's branches"
+CURVE_SIZES = (1000, 4000, 16000, 64000, 250000, 1000000)
+SAMPLED_FLOPS = 2e11  # float64 of all tokens would take long and much memory
 LONG_FLOPS = 1e12  # a call of ten seconds on a small machine
 SAMPLED_TOKENS = 64
 SMALLER_RUN = 8192  # tokens
@@ -243,10 +247,12 @@ def make_case(
     target: float | None = None,
     sets: tuple[str, ...] = ("full",),
     backend: str = "auto",
+    curve: str = "",
 ) -> Case:
     """One case; tensors are made when it is measured."""
     flops = forward_flops(b, n, h, d) * (3.5 if backward else 1)
     long = flops > LONG_FLOPS
+    sampled = long or (flops > SAMPLED_FLOPS and not backward)
     if long and backward:
         raise SystemExit("vitkit bench: --backward must go with fewer tokens: gradients of a"
                          " sample of tokens depend on all of them")  # fmt: skip
@@ -263,7 +269,7 @@ def make_case(
     def make() -> tuple[list[Provider], Callable[[], Outputs]]:
         rivals: dict[str, Callable[..., torch.Tensor]] = {"eager": _gathered, "views": _viewed}
         if not long:
-            rivals["torch.compile"] = torch.compile(_gathered)
+            rivals |= compiled(_gathered)
             if half_on_cpu(dtype, device):
                 rivals["torch.compile in float32"] = torch.compile(in_float32(_gathered, dtype))
         if long:
@@ -273,14 +279,15 @@ def make_case(
         grad = torch.randn(b, n, h, d, device=device).to(dtype) if backward else None
 
         def bind(function: Callable[..., torch.Tensor], name: str) -> Callable[[], Outputs]:
-            if long:
-                return _with_progress(name, lambda: [function(q, k, v)[:, sample]], device)
+            if sampled:
+                call = lambda: [function(q, k, v)[:, sample]]  # noqa: E731
+                return _with_progress(name, call, device) if long else call
             if grad is None:
                 return lambda: [function(q, k, v)]
             return lambda: _gradients(function, [q, k, v], grad)
 
         def exact() -> Outputs:
-            if long:
+            if sampled:
                 return [_exact_tokens(q, k, v, sample)]
             double = [t.double() for t in (q, k, v)]
             return [_exact(*double)] if grad is None else _gradients(_exact, double, grad.double())
@@ -295,13 +302,15 @@ def make_case(
         "forward+backward" if backward else "forward",
         dtype,
         "BNHD",
-        f"{b}x{n}x{h}x{d}" + (f", error on {SAMPLED_TOKENS} sampled tokens" if long else ""),
+        f"{b}x{n}x{h}x{d}" + (f", error on {SAMPLED_TOKENS} sampled tokens" if sampled else ""),
         make,
         flops,
         4.0 * b * n * h * d * dtype.itemsize * (2.5 if backward else 1),
         slots * d,
         target,
         sets,
+        curve,
+        n if curve else 0,
     )
 
 
@@ -314,11 +323,21 @@ def _gradients(
 
 
 def cases(device: str) -> list[Case]:
-    return [
+    dtypes = (torch.float32, torch.bfloat16)
+    models = [
         make_case(
             f"GigaPath {n:,} tiles", 1, n, HEADS, HEAD_DIM, dtype, mode != "forward", device,
             target, sets,
         )
         for n, mode, targets, sets in SHAPES
-        for dtype, target in zip((torch.float32, torch.bfloat16), targets, strict=True)
+        for dtype, target in zip(dtypes, targets, strict=True)
     ]  # fmt: skip
+    points = [
+        make_case(
+            f"{n:,} tokens", 1, n, 1, HEAD_DIM, dtype, False, device, sets=("scaling",),
+            curve=CURVE,
+        )
+        for n in CURVE_SIZES
+        for dtype in dtypes
+    ]  # fmt: skip
+    return models + points

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..harness import Case, Outputs, Provider
+from ..harness import Case, Outputs, Provider, compiled
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -58,7 +58,7 @@ def make_case(
         providers = [
             Provider("vitkit", bind(ours), ours=True),
             Provider("eager", bind(eager)),
-            Provider("torch.compile", bind(torch.compile(eager))),
+            *(Provider(n, bind(f)) for n, f in compiled(eager).items()),
         ]
         return providers, bind(eager, double=True)
 

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.checkpoint import checkpoint
 
 import vitkit
 
-from ..harness import Case, Outputs, Provider, half_on_cpu, in_float32
+from ..harness import MAX_AUTOTUNE, Case, Outputs, Provider, compiled, half_on_cpu, in_float32
 
 OP = "flash_attention"
 
@@ -27,7 +29,17 @@ SHAPES: list[
     ("ViT-L/16 384px", 4, 577, 577, 16, 64, "none", (None,) * 4, ("full",)),
     ("ViT-B/32", 16, 50, 50, 12, 64, "none", (None,) * 4, ("full",)),
     ("SD1.5 cross attention", 2, 4096, 77, 8, 40, "none", (None,) * 4, ("fast", "full")),
+    # Vision shapes of xformers' own benchmark.
+    ("ViT-H/14", 16, 197, 197, 16, 80, "none", (None,) * 4, ("full",)),
+    ("ViT-g/14", 16, 197, 197, 16, 88, "none", (None,) * 4, ("full",)),
+    ("SD 512px self attention", 1, 4096, 4096, 16, 40, "none", (None,) * 4, ("full",)),
+    ("SD 1024px self attention", 1, 16384, 16384, 4, 40, "none", (None,) * 4, ("full",)),
 ]
+CURVE = "tokens, 2 heads of 64"
+CURVE_SIZES = (256, 1024, 4096, 8192, 16384)
+# Scores of so many elements do not fit into memory in float64: the truth is computed in slices.
+EXACT_SCORES = 1 << 27
+EXACT_QUERIES = 512
 
 
 def _bias_shape(kind: str, b: int, nq: int, nk: int, h: int) -> tuple[int, ...] | None:
@@ -54,6 +66,33 @@ def eager(
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
+def _exact(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """``eager``, a slice of the queries at a time where the scores are many."""
+    if q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1] <= EXACT_SCORES or bias is not None:
+        return eager(q, k, v, bias)
+    rows = [
+        checkpoint(eager, part, k, v, None, use_reentrant=False)
+        for part in q.split(EXACT_QUERIES, 1)
+    ]
+    return torch.cat(rows, 1)
+
+
+def _flex(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    score = None
+    if bias is not None:
+        dense = bias.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+
+        def score(s, b, h, i, j):
+            return s + dense[b, h, i, j]
+
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return flex_attention(q, k, v, score_mod=score).transpose(1, 2)
+
+
 def _sdpa_with(backend: SDPBackend) -> Callable[..., torch.Tensor]:
     def call(*tensors: Any) -> torch.Tensor:
         with sdpa_kernel(backend):
@@ -65,8 +104,9 @@ def _sdpa_with(backend: SDPBackend) -> Callable[..., torch.Tensor]:
 def _rivals(device: str, dtype: torch.dtype) -> dict[str, Callable[..., torch.Tensor]]:
     rivals: dict[str, Callable[..., torch.Tensor]] = {
         "eager": eager,
-        "torch.compile": torch.compile(eager),
+        **compiled(eager),
         "sdpa": sdpa,
+        f"FlexAttention {MAX_AUTOTUNE}": torch.compile(_flex, mode=f"{MAX_AUTOTUNE}-no-cudagraphs"),
     }
     if half_on_cpu(dtype, device):
         rivals["sdpa in float32"] = in_float32(sdpa, dtype)
@@ -117,6 +157,7 @@ def make_case(
     target: float | None = None,
     sets: tuple[str, ...] = ("full",),
     backend: str = "auto",
+    curve: str = "",
 ) -> Case:
     """One case; tensors are made when it is measured."""
 
@@ -152,7 +193,7 @@ def make_case(
 
         providers = [Provider("vitkit", bind(ours), ours=True)]
         providers += [Provider(n, bind(f)) for n, f in _rivals(device, dtype).items()]
-        return providers, bind(eager, double=True)
+        return providers, bind(_exact, double=True)
 
     element = dtype.itemsize
     tensors = b * h * d * (2 * nq + 2 * nk) * element
@@ -175,6 +216,8 @@ def make_case(
         nk * d * (b if backward else 1),
         target,
         sets,
+        curve,
+        nq if curve else 0,
     )
 
 
@@ -191,4 +234,13 @@ def cases(device: str) -> list[Case]:
                         name, b, nq, nk, h, d, bias, dtype, backward, device, targets[index], sets
                     )
                 )
+    for n in CURVE_SIZES:
+        name = f"{n:,} tokens"
+        for dtype in (torch.float32, torch.bfloat16):
+            found.append(
+                make_case(
+                    name, 1, n, n, 2, 64, "none", dtype, False, device, sets=("scaling",),
+                    curve=CURVE,
+                )
+            )  # fmt: skip
     return found

@@ -8,7 +8,7 @@ import torch
 
 import vitkit
 
-from ..harness import Case, Outputs, Provider
+from ..harness import Case, Outputs, Provider, compiled
 
 OP = "gated_residual"
 
@@ -62,7 +62,7 @@ def make_case(
         providers = [
             Provider("vitkit", bind(ours), ours=True),
             Provider("eager", bind(_eager)),
-            Provider("torch.compile", bind(torch.compile(_eager))),
+            *(Provider(n, bind(f)) for n, f in compiled(_eager).items()),
         ]
         return providers, bind(_eager, wide=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -24,9 +26,9 @@ def _eager(x: torch.Tensor) -> list[torch.Tensor]:
     return [value * F.gelu(gate)]
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str, shapes: Sequence[tuple] = SHAPES) -> list[Case]:
     found = []
-    for name, batch, tokens, width, sets in SHAPES:
+    for name, batch, tokens, width, sets in shapes:
         shape = (batch, tokens, 2 * width)
         for backward in (False, True):
             for dtype in DTYPES:

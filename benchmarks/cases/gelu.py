@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -20,9 +22,9 @@ SHAPES = [
 ]
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str, shapes: Sequence[tuple] = SHAPES) -> list[Case]:
     found = []
-    for name, shape, form, channels_last, sets in SHAPES:
+    for name, shape, form, channels_last, sets in shapes:
         for backward in (False, True):
             for dtype in DTYPES:
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import vitkit
 
-from ..harness import Case, Outputs, Provider
+from ..harness import Case, Outputs, Provider, compiled
 
 OP = "group_norm_silu"
 GROUPS = 32
@@ -76,7 +76,7 @@ def make_case(
             Provider("vitkit", bind(ours), ours=True),
             Provider("eager", bind(_eager)),
             Provider("eager, silu in place", bind(_eager_inplace)),
-            Provider("torch.compile", bind(torch.compile(_eager))),
+            *(Provider(n, bind(f)) for n, f in compiled(_eager).items()),
         ]
         return providers, bind(_eager, double=True)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import vitkit
 
-from ..harness import Case, Outputs, Provider
+from ..harness import Case, Outputs, Provider, compiled
 
 OP = "layer_norm_modulate"
 EPS = 1e-6
@@ -88,7 +88,7 @@ def make_case(
         providers = [
             Provider("vitkit", bind(ours), ours=True),
             Provider("eager", bind(eager)),
-            Provider("torch.compile", bind(torch.compile(eager))),
+            *(Provider(n, bind(f)) for n, f in compiled(eager).items()),
         ]
         return providers, bind(eager, wide=True)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import vitkit
 
-from ..harness import Case, Outputs, Provider
+from ..harness import Case, Outputs, Provider, compiled
 
 OP = "patch_embed"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -117,7 +117,7 @@ def make_case(
             Provider("vitkit", bind(ours), ours=True),
             Provider("eager", bind(_eager)),
             Provider("eager, channels_last", bind(_channels_last)),
-            Provider("torch.compile", bind(torch.compile(_eager))),
+            *(Provider(n, bind(f)) for n, f in compiled(_eager).items()),
         ]
         return providers, bind(_eager, double=True)
 

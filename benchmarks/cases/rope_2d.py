@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 import vitkit
@@ -43,9 +45,9 @@ def _flux(q, k, cos, sin):
     return [torch.cat((t[:, :prefix], _neighbours(t[:, prefix:], cos, sin)), 1) for t in (q, k)]
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str, shapes: Sequence[tuple] = SHAPES) -> list[Case]:
     found = []
-    for name, b, n, h, d, positions, layout, sets in SHAPES:
+    for name, b, n, h, d, positions, layout, sets in shapes:
         for backward in (False, True):
             for dtype in DTYPES:
 

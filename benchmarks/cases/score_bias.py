@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import vitkit
 
-from ..harness import Case, Outputs, Provider, half_on_cpu, in_float32
+from ..harness import Case, Outputs, Provider, compiled, half_on_cpu, in_float32
 from .flash_attention import OP, eager, sdpa
 
 
@@ -90,7 +90,7 @@ def _rivals(shape: Shape, bias_of: Any) -> dict[str, Callable[..., torch.Tensor]
 
     rivals = {
         "eager": with_tensor(eager),
-        "torch.compile": torch.compile(with_tensor(eager)),
+        **compiled(with_tensor(eager)),
         "sdpa": with_tensor(sdpa),
     }
     if not shape.given:

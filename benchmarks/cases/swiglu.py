@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -29,9 +31,9 @@ def _separate(value: torch.Tensor, gate: torch.Tensor) -> list[torch.Tensor]:
     return [F.silu(gate) * value]
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str, shapes: Sequence[tuple] = SHAPES) -> list[Case]:
     found = []
-    for name, batch, tokens, width, packed, sets in SHAPES:
+    for name, batch, tokens, width, packed, sets in shapes:
         shape = (batch, tokens, 2 * width if packed else width)
         for backward in (False, True):
             for dtype in DTYPES:

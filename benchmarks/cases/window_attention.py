@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 import vitkit
 
-from ..harness import Case, Outputs, Provider, half_on_cpu, in_float32
+from ..harness import Case, Outputs, Provider, compiled, half_on_cpu, in_float32
 
 OP = "window_attention"
 MASK = -100.0
@@ -42,6 +42,7 @@ class Shape(NamedTuple):
     targets: tuple[float | None, ...]  # fp32 and bf16, forward; the same, forward+backward
     sets: tuple[str, ...]
     cached: bool = False
+    curve: str = ""
 
     @property
     def places(self) -> int:
@@ -65,6 +66,11 @@ SHAPES = [
     Shape("SwinV2-B w24 stage 1", 1, 96, 96, 4, 32, 24, 12, True, _NO, ("full",)),
     Shape("Swin-T stage 3", 8, 14, 14, 12, 32, 7, 0, False, _NO, ("full",)),
     Shape("Swin-T detection", 1, 200, 304, 3, 32, 7, 3, False, _NO, ("full",)),
+    *(
+        Shape(f"{side}x{side} map", 1, side, side, 3, 32, 7, 3, False, _NO, ("scaling",),
+              curve="places of the map, 3 heads of 32, window 7, shift 3")
+        for side in (14, 28, 56, 112, 224, 448)
+    ),
 ]  # fmt: skip
 
 
@@ -201,14 +207,14 @@ def _rivals(s: Shape, table, logit_scale) -> dict[str, Callable[..., Any]]:
 
     rivals: dict[str, Callable[..., Any]] = {"eager": block()}
     if not s.cached:
-        rivals["torch.compile"] = torch.compile(block())
+        rivals |= compiled(block())
     else:
         rivals["cached"] = block(cached=True)
-        rivals["torch.compile cached"] = torch.compile(block(cached=True))
+        rivals |= compiled(block(cached=True), "cached")
     if not s.cosine:  # SDPA takes one factor for all scores
         name = "sdpa cached" if s.cached else "sdpa"
         rivals[name] = block(sdpa=True, cached=s.cached)
-        rivals[f"torch.compile {name}"] = torch.compile(block(sdpa=True, cached=s.cached))
+        rivals |= compiled(block(sdpa=True, cached=s.cached), name)
     return rivals
 
 
@@ -309,6 +315,8 @@ def make_case(
         s.places * s.head_dim * (count if backward else 1),
         target,
         s.sets,
+        s.curve,
+        s.height * s.width if s.curve else 0,
     )
 
 
@@ -316,6 +324,6 @@ def cases(device: str) -> list[Case]:
     return [
         make_case(s, dtype, backward, device, s.targets[2 * backward + (dtype == torch.bfloat16)])
         for s in SHAPES
-        for backward in ((False,) if s.cached else (False, True))
+        for backward in ((False,) if s.cached or s.curve else (False, True))
         for dtype in (torch.float32, torch.bfloat16)
     ]

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from vitkit import _drawing
+from vitkit._drawing import AFTER, BEFORE, INK
 from vitkit._version import __version__
 from vitkit.verify import Verification
 
@@ -53,49 +55,25 @@ def _png(photo: torch.Tensor) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-# Drawn in these and replaced by CSS variables, so that one drawing serves light and dark pages.
-_INK, _BEFORE, _AFTER = "#010203", "#010204", "#010205"
-
-
 def _figure(height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, height), layout="constrained")
-    figure.patch.set_alpha(0)
-    axes = figure.subplots()
-    axes.patch.set_alpha(0)
-    for spine in ("top", "right", "left"):
-        axes.spines[spine].set_visible(False)
-    axes.spines["bottom"].set_color(_INK)
-    axes.tick_params(colors=_INK, left=False)
-    axes.xaxis.label.set_color(_INK)
+    figure, axes = _drawing.figure(7.2, height)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(left=False)
     return figure, axes
-
-
-def _svg(figure: Any) -> str:
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vitkit"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    for colour, variable in ((_INK, "ink"), (_BEFORE, "before"), (_AFTER, "after")):
-        text = text.replace(colour, f"var(--{variable})")
-    return text[text.index("<svg") :]
 
 
 def _bars(rows: list[Row]) -> str:
     figure, axes = _figure(0.6 + 0.72 * len(rows))
     for i, (_, r) in enumerate(rows):
         before, after = r.seconds_before * 1e3, r.seconds_after * 1e3
-        axes.barh(i - 0.19, before, 0.34, color=_BEFORE, label="unpatched" if i == 0 else None)
-        axes.barh(i + 0.19, after, 0.34, color=_AFTER, label="patched" if i == 0 else None)
-        axes.text(after, i + 0.19, f" {r.speedup:.2f}x", va="center", color=_INK, weight="bold")
+        axes.barh(i - 0.19, before, 0.34, color=BEFORE, label="unpatched" if i == 0 else None)
+        axes.barh(i + 0.19, after, 0.34, color=AFTER, label="patched" if i == 0 else None)
+        axes.text(after, i + 0.19, f" {r.speedup:.2f}x", va="center", color=INK, weight="bold")
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds per call (median)")
-    axes.legend(frameon=False, labelcolor=_INK, loc="lower right")
-    return _svg(figure)
+    axes.legend(frameon=False, labelcolor=INK, loc="lower right")
+    return _drawing.svg(figure, "milliseconds per call, unpatched and patched")
 
 
 def _errors(rows: list[Row]) -> str:
@@ -104,9 +82,9 @@ def _errors(rows: list[Row]) -> str:
         worst = r.worst.parity
         scale = worst.scale or 1.0
         points = (
-            (worst.eager_max_error, "o", _BEFORE, "unpatched"),
-            (worst.max_error, "D", _AFTER, "patched"),
-            (worst.max_limit, "|", _INK, "limit"),
+            (worst.eager_max_error, "o", BEFORE, "unpatched"),
+            (worst.max_error, "D", AFTER, "patched"),
+            (worst.max_limit, "|", INK, "limit"),
         )
         for value, marker, colour, label in points:
             axes.plot(
@@ -118,6 +96,6 @@ def _errors(rows: list[Row]) -> str:
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.set_xlabel("max error against float64, relative to the largest output")
     axes.legend(
-        frameon=False, labelcolor=_INK, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1.2)
+        frameon=False, labelcolor=INK, loc="upper center", ncols=3, bbox_to_anchor=(0.5, 1.2)
     )
-    return _svg(figure)
+    return _drawing.svg(figure, "errors against float64, unpatched and patched")

@@ -1,0 +1,52 @@
+"""Plots as inline SVG that follow the light or dark colours of the page around them.
+
+Each colour is drawn as a placeholder and replaced by a CSS variable of that name, which the page
+defines.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+# Placeholder -> CSS variable.
+COLOURS = {
+    "ink": "#010203",
+    "before": "#010204",
+    "after": "#010205",
+    "line": "#010206",
+    "bad": "#010207",
+}
+INK, BEFORE, AFTER, LINE, BAD = COLOURS.values()
+
+
+def figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    """A transparent figure in inches, and its axes (a list with more than one column)."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(width, height), layout="constrained")
+    drawn.patch.set_alpha(0)
+    axes = drawn.subplots(1, columns, squeeze=False)[0]
+    for a in axes:
+        a.patch.set_alpha(0)
+        for spine in ("top", "right"):
+            a.spines[spine].set_visible(False)
+        for spine in ("bottom", "left"):
+            a.spines[spine].set_color(INK)
+        a.tick_params(which="both", colors=INK)
+        for text in (a.xaxis.label, a.yaxis.label, a.title):
+            text.set_color(INK)
+    return drawn, axes[0] if columns == 1 else list(axes)
+
+
+def svg(drawn: Any, label: str) -> str:
+    """``drawn`` as an <svg> element that screen readers call ``label``."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vitkit"}):
+        drawn.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    for name, colour in COLOURS.items():
+        text = text.replace(colour, f"var(--{name})")
+    return text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
