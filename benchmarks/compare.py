@@ -51,6 +51,8 @@ class Change:
 
     @property
     def verdict(self) -> str:
+        if self.new.best_rival not in self.old.rivals:
+            return "new rival"
         if self.speedup < 1 - self.noise:
             return "slower"
         return "faster" if self.speedup > 1 + self.noise else "same"

@@ -78,7 +78,11 @@ def _roofline(facts: dict[str, Any], rows: Sequence[Row]) -> Plot:
     intensity = [r.gflops / r.gbytes for r in rows]
     ends = (min(intensity) / 2, max(intensity) * 2)
     bandwidth = facts["copy_gbytes"]
+    # A dtype without a fast product of its own may be computed in float32.
+    least = facts["gemm_gflops"]["float32"]
     for name, peak in sorted(facts["gemm_gflops"].items(), key=lambda item: item[1]):
+        if peak < least:
+            continue
         ridge = peak / bandwidth
         line = [ends[0], min(max(ridge, ends[0]), ends[1]), ends[1]]
         axes.plot(line, [min(peak, bandwidth * x) for x in line], color=LINE, linewidth=1.5)
@@ -123,7 +127,7 @@ def _errors(dtype: str, rows: Sequence[Row]) -> Plot:
         )  # fmt: skip
     axes.set_yticks(range(len(ops)), ops)
     axes.set(xscale="log", ylim=(len(ops) - 0.5, -0.5))
-    axes.set_xlabel("largest error against float64, of the largest output")
+    axes.set_xlabel("largest error / largest output")
     axes.legend(
         frameon=False, labelcolor=INK, fontsize=8, ncols=3, loc="lower center",
         bbox_to_anchor=(0.4, 1.0),

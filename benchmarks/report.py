@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -169,11 +169,18 @@ def html(facts: dict[str, Any], rows: Sequence[Row]) -> str:
         ops.append({"name": op, "mean": geometric_mean([r.ratio for r in mine]), "rows": mine})
     return environment.from_string(source).render(
         environment=describe_environment(facts),
-        longest=max([r.ratio for r in rows if not r.modelled] + [1.0]),
+        place=_places([r.ratio for r in rows if not r.modelled]),
         ops=ops,
+        curves=any(r.curve for r in rows),
         plots=plots.all_plots(facts, rows),
         time=_time,
     )
+
+
+def _places(ratios: Sequence[float]) -> Callable[[float], float]:
+    """Where a ratio lies on the page's bars, in percent, on a logarithmic scale that holds all."""
+    low, high = min([0.8, *ratios]), max([2.0, *ratios])
+    return lambda ratio: 100 * math.log(ratio / low) / math.log(high / low)
 
 
 def with_table(readme: str, table: str) -> str:

@@ -7,6 +7,7 @@ defines.
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 # Placeholder -> CSS variable.
@@ -46,7 +47,7 @@ def svg(drawn: Any, label: str) -> str:
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vitkit"}):
         drawn.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
     for name, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{name})")
     return text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
