@@ -211,7 +211,9 @@ def test_a_browser_shows_the_page_on_a_phone(tmp_path, scheme, bright):
     with Image.open(shot) as image:
         pixels = image.convert("L")
         assert (pixels.getpixel((2, 2)) > 200) == bright
-        assert len(set(pixels.getdata())) > 20, "the page is blank"
+        assert len(pixels.getcolors(256)) > 20, "the page is blank"
+    if not bright:  # its width is the same
+        return
     dom = subprocess.run([*command, "--dump-dom", url], check=True, timeout=120,
                          capture_output=True, text=True).stdout  # fmt: skip
     assert int(re.search(r"<title>(\d+)</title>", dom).group(1)) <= width
