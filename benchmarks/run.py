@@ -23,7 +23,7 @@ from .ceilings import Roofline, measure_roofline
 from .harness import Case, Row, measure, modelled
 from .timing import CACHES
 
-OPS = tuple(own.OPS)
+OPS = (*own.OPS, "models")
 SETS = ("smoke", "fast", "full", "scaling")
 STDOUT = Path("-")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

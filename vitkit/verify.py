@@ -174,7 +174,7 @@ def _to_double(values: Any) -> Any:
     return tree_map(convert, values)
 
 
-def _longest_sum(model: torch.nn.Module) -> int:
+def longest_sum(model: torch.nn.Module) -> int:
     """Terms of the longest sum any layer computes: the rounding a correct model may show."""
     layers = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
     weights = [m.weight for m in model.modules() if isinstance(m, layers)]
@@ -251,7 +251,7 @@ def verify(
         unpatch(model)
         for m, mode in training.items():
             m.training = mode
-    terms = _longest_sum(model)
+    terms = longest_sum(model)
     outputs = [
         _compare(name, a, b, t, terms)
         for (name, a), (_, b), (_, t) in zip(after, before, truth, strict=True)

@@ -1,0 +1,178 @@
+"""Whole models: unpatched and patched, as they are and compiled, with random weights.
+
+A row named after a model races the patched model against the unpatched one and the unpatched one
+compiled; "compiled" in its layout column races the patched and compiled model against the latter.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import vitkit
+from vitkit.verify import longest_sum
+
+from ..harness import Case, Outputs, Provider, compiled, half_on_cpu
+
+OP = "models"
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Model(NamedTuple):
+    """``make()`` returns the model and the inputs of a call; targets: fp32, bf16."""
+
+    name: str
+    shape: str
+    make: Callable[[], tuple[torch.nn.Module, Inputs]]
+    targets: tuple[float | None, float | None]
+    sets: tuple[str, ...] = ("full",)
+
+
+def _timm(name: str, batch: int, size: int = 224, **options: Any) -> Callable[[], Any]:
+    def make() -> tuple[torch.nn.Module, Inputs]:
+        import timm
+
+        model = timm.create_model(name, pretrained=False, num_classes=0, **options)
+        return model, ((torch.randn(batch, 3, size, size),), {})
+
+    return make
+
+
+def _vae_decoder() -> tuple[torch.nn.Module, Inputs]:
+    from diffusers import AutoencoderKL
+
+    widths = (128, 256, 512, 512)
+    model = AutoencoderKL(
+        block_out_channels=widths, layers_per_block=2, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    ).decoder.to(memory_format=torch.channels_last)  # fmt: skip
+    return model, ((torch.randn(1, 4, 64, 64),), {})
+
+
+def _ddpm() -> tuple[torch.nn.Module, Inputs]:
+    """google/ddpm-cifar10-32"""
+    from diffusers import UNet2DModel
+
+    model = UNet2DModel(
+        sample_size=32, block_out_channels=(128, 256, 256, 256), layers_per_block=2,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6,
+        attention_head_dim=None,
+    )  # fmt: skip
+    return model, ((torch.randn(4, 3, 32, 32), torch.tensor(500)), {"return_dict": False})
+
+
+def _sd15() -> tuple[torch.nn.Module, Inputs]:
+    """The U-Net of Stable Diffusion 1.5, 256 pixels, with and without guidance."""
+    from diffusers import UNet2DConditionModel
+
+    model = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    options = {"encoder_hidden_states": torch.randn(2, 77, 768), "return_dict": False}
+    return model, ((torch.randn(2, 4, 32, 32), torch.tensor(500)), options)
+
+
+MODELS = [
+    Model("ViT-B/16", "8x3x224x224", _timm("vit_base_patch16_224", 8), (1.05, 1.15)),
+    Model("Swin-T", "4x3x224x224", _timm("swin_tiny_patch4_window7_224", 4), (1.2, 1.5)),
+    Model("SwinV2-T", "4x3x256x256", _timm("swinv2_tiny_window8_256", 4, 256), (1.25, 1.5)),
+    Model(
+        "SigLIP so400m, 6 blocks", "2x3x224x224",
+        _timm("vit_so400m_patch14_siglip_224", 2, depth=6), (1.0, 1.1),
+    ),
+    Model("DDPM U-Net CIFAR-10", "4x3x32x32", _ddpm, (1.05, 1.25)),
+    Model("KL-VAE decode 512px", "1x4x64x64", _vae_decoder, (1.05, 1.2)),
+    Model("SD1.5 U-Net 256px", "2x4x32x32", _sd15, (1.0, 1.1)),
+]  # fmt: skip
+
+
+def _cast(values: Any, dtype: torch.dtype, device: str) -> Any:
+    def one(t: Any) -> Any:
+        if not isinstance(t, torch.Tensor):
+            return t
+        return t.to(device, dtype if t.is_floating_point() else t.dtype)
+
+    return torch.utils._pytree.tree_map(one, values)
+
+
+def _first(outputs: Any) -> list[torch.Tensor]:
+    return [t for t in torch.utils._pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
+
+
+def make_case(model: Model, dtype: torch.dtype, device: str, compile_ours: bool) -> Case:
+    """One case; the model is made when it is measured."""
+
+    def make() -> tuple[list[Provider], Callable[[], Outputs]]:
+        torch.manual_seed(0)
+        plain, inputs = model.make()
+        plain = plain.to(device, dtype).eval().requires_grad_(False)
+        args, kwargs = _cast(inputs, dtype, device)
+        # The same parameters: a second copy of a U-Net may not fit.
+        shared = {id(t): t for t in [*plain.parameters(), *plain.buffers()]}
+        ours = copy.deepcopy(plain, shared)
+        vitkit.patch(ours, strict=True)
+        case.terms = longest_sum(plain)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            plain(*args, **kwargs)
+        case.flops = float(counter.get_total_flops())
+        case.bytes = float(sum(p.nbytes for p in plain.parameters()))
+
+        def bind(function: Callable[..., Any], given: Inputs = (args, kwargs)) -> Any:
+            def call() -> Outputs:
+                with torch.no_grad():
+                    return [t.to(dtype) for t in _first(function(*given[0], **given[1]))]
+
+            return call
+
+        def exact() -> Outputs:
+            double = copy.deepcopy(plain).double()
+            wide_args, wide_kwargs = _cast((args, kwargs), torch.float64, device)
+            with torch.no_grad():
+                return _first(double(*wide_args, **wide_kwargs))
+
+        def in_float32() -> dict[str, Callable[[], Outputs]]:
+            wide = copy.deepcopy(plain).float()
+            given = _cast((args, kwargs), torch.float32, device)
+            return {
+                "eager in float32": bind(wide, given),
+                "torch.compile in float32": bind(torch.compile(wide), given),
+            }
+
+        patched = torch.compile(ours) if compile_ours else ours
+        providers = [
+            Provider("vitkit", bind(patched), ours=True),
+            Provider("eager", bind(plain)),
+            *(Provider(n, bind(f)) for n, f in compiled(plain).items()),
+        ]
+        if half_on_cpu(dtype, device):
+            providers += [Provider(n, call) for n, call in in_float32().items()]
+        return providers, exact
+
+    case = Case(
+        OP,
+        model.name,
+        "forward",
+        dtype,
+        "compiled" if compile_ours else "as it is",
+        model.shape,
+        make,
+        0.0,
+        0.0,
+        1,
+        None if compile_ours else model.targets[int(dtype == torch.bfloat16)],
+        model.sets,
+    )
+    return case
+
+
+def cases(device: str) -> list[Case]:
+    return [
+        make_case(model, dtype, device, compile_ours)
+        for model in MODELS
+        for dtype in (torch.float32, torch.bfloat16)
+        for compile_ours in (False, True)
+    ]
