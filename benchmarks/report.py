@@ -1,8 +1,8 @@
-"""Rows as text: a line, a Markdown table, a JSON file, a page; and the README's table.
+"""Rows as text: a line, Markdown tables, a JSON file, a page; and the tables of README and docs.
 
 ``python -m vitkit.benchmarks.report results.json`` prints Markdown, ``--html FILE`` writes the
-page, ``--readme README.md`` rewrites the table between the markers, ``--check`` fails if it would
-change.
+page, ``--readme README.md`` rewrites its summary and ``--docs docs/benchmarks.md`` its tables, both
+between markers; ``--check`` fails if they would change.
 """
 
 from __future__ import annotations
@@ -83,6 +83,27 @@ def markdown(facts: dict[str, Any], rows: Sequence[Row]) -> str:
         lines += ["", _first_calls(mine), ""]
     for op, curve in dict.fromkeys((r.op, r.curve) for r in rows if r.curve):
         lines += _curve(curve, [r for r in rows if (r.op, r.curve) == (op, curve)])
+    return "\n".join(lines)
+
+
+def summary(facts: dict[str, Any], rows: Sequence[Row]) -> str:
+    """One line per op: how many rows, their mean and range, and the first row as an example."""
+    lines = [
+        describe_environment(facts),
+        "",
+        "| op | rows | speed-up (geometric mean) | least to most | for example |",
+        "|---|---|---|---|---|",
+    ]
+    for op in dict.fromkeys(r.op for r in rows if not r.curve):
+        mine = [r for r in rows if r.op == op and not r.curve]
+        ratios = [r.ratio for r in mine]
+        first = mine[0]
+        lines.append(
+            f"| {op} | {len(mine)} | **{geometric_mean(ratios):.2f}x** | {min(ratios):.2f}x to"
+            f" {max(ratios):.2f}x | {first.name} {first.mode} {first.dtype}:"
+            f" {_time(first.microseconds)}, {first.best_rival}"
+            f" {_time(first.rivals[first.best_rival])} |"
+        )
     return "\n".join(lines)
 
 
@@ -186,7 +207,7 @@ def _places(ratios: Sequence[float]) -> Callable[[float], float]:
 def with_table(readme: str, table: str) -> str:
     """``readme`` with the text between the markers replaced."""
     if BEGIN not in readme or END not in readme:
-        raise ValueError(f"report: README must hold {BEGIN} and {END}")
+        raise ValueError(f"report: the page must hold {BEGIN} and {END}")
     head, rest = readme.split(BEGIN, 1)
     return f"{head}{BEGIN}\n{table.strip()}\n{END}{rest.split(END, 1)[1]}"
 
@@ -195,21 +216,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(description="Render stored benchmark rows.")
     p.add_argument("results", type=Path)
     p.add_argument("--html", type=Path)
-    p.add_argument("--readme", type=Path, help="rewrite the table between the markers")
-    p.add_argument("--check", action="store_true", help="with --readme: only compare")
+    p.add_argument("--readme", type=Path, help="rewrite the summary between the markers")
+    p.add_argument("--docs", type=Path, help="rewrite the tables between the markers")
+    p.add_argument("--check", action="store_true", help="only compare")
     options = p.parse_args(arguments)
     facts, rows = load(options.results)
     if options.html:
         options.html.write_text(html(facts, rows))
-    if options.readme:
-        before = options.readme.read_text()
-        after = with_table(before, markdown(facts, rows))
-        if options.check:
-            return 0 if before == after else 1
-        options.readme.write_text(after)
-    if not options.html and not options.readme:
+    stale = False
+    for path, table in ((options.readme, summary), (options.docs, markdown)):
+        if path is None:
+            continue
+        before = path.read_text()
+        after = with_table(before, table(facts, rows))
+        stale = stale or before != after
+        if not options.check:
+            path.write_text(after)
+    if not (options.html or options.readme or options.docs):
         print(markdown(facts, rows))
-    return 0
+    return int(options.check and stale)
 
 
 if __name__ == "__main__":

@@ -103,6 +103,7 @@ def test_readme_table_drift_is_detected(tmp_path):
     assert report.main([str(results), "--readme", str(readme), "--check"]) == 1
     assert report.main([str(results), "--readme", str(readme)]) == 0
     assert report.main([str(results), "--readme", str(readme), "--check"]) == 0
+    assert report.main([str(results), "--docs", str(readme), "--check"]) == 1
     assert readme.read_text().startswith("before\n") and "toy" in readme.read_text()
 
 

@@ -33,6 +33,20 @@ def _eager_inplace(x, weight, bias, groups):
     return F.silu(F.group_norm(x, groups, weight, bias), inplace=True)
 
 
+def _optional_gpu_rivals(channels: int, groups: int) -> dict[str, Callable[..., torch.Tensor]]:
+    """apex's channels_last kernel, where it is installed and loads."""
+    try:
+        from apex.contrib.group_norm import GroupNorm
+    except (ImportError, OSError):
+        return {}
+    module = GroupNorm(groups, channels, act="silu").cuda()
+
+    def call(x, weight, bias, groups):
+        return torch.func.functional_call(module, {"weight": weight, "bias": bias}, (x,))
+
+    return {"apex": call}
+
+
 def make_case(
     name: str,
     shape: tuple[int, ...],
@@ -78,6 +92,9 @@ def make_case(
             Provider("eager, silu in place", bind(_eager_inplace)),
             *(Provider(n, bind(f)) for n, f in compiled(_eager).items()),
         ]
+        if device == "cuda" and channels_last:
+            optional = _optional_gpu_rivals(shape[1], groups)
+            providers += [Provider(n, bind(f)) for n, f in optional.items()]
         return providers, bind(_eager, double=True)
 
     elements = torch.Size(shape).numel()
