@@ -21,6 +21,7 @@ from vitkit.ops.swiglu import swiglu
 from vitkit.ops.window_attention import window_attention
 from vitkit.patch import is_patched, patch, patched, unpatch
 from vitkit.score_bias import DecomposedBias, DistanceBias
+from vitkit.sdpa import scaled_dot_product_attention
 from vitkit.verify import verify
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "patch_embed_packed",
     "patched",
     "rope_2d",
+    "scaled_dot_product_attention",
     "swiglu",
     "unpatch",
     "verify",
