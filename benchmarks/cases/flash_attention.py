@@ -44,7 +44,7 @@ SHAPES: list[
     ("ViT-g/14", 16, 197, 197, 16, 88, "none", (None,) * 4, ("full",)),
     ("SD 512px self attention", 1, 4096, 4096, 16, 40, "none", (None,) * 4, ("full",)),
     ("SD 1024px self attention", 1, 16384, 16384, 4, 40, "none", (None,) * 4, ("full",)),
-]
+]  # fmt: skip
 CURVE = "tokens, 2 heads of 64"
 CURVE_SIZES = (256, 1024, 4096, 8192, 16384)
 # Scores of so many elements do not fit into memory in float64: the truth is computed in slices.
