@@ -55,7 +55,7 @@ class Case:
         flops, bytes: of the mathematical operation; bytes are inputs and outputs touched once.
         terms: of the longest sum, for the tolerance.
         target: the least acceptable ratio of the best rival's time to ours, None without one.
-        sets: which sets it belongs to.
+        sets: which sets it belongs to; "fast forward": to the fast set if it is a forward pass.
         curve, size: the scaling curve it is a point of and its place there; "" without one.
     """
 

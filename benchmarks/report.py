@@ -50,6 +50,7 @@ def describe_environment(facts: dict[str, Any]) -> str:
         f" vitkit {facts['vitkit']} ({facts['commit']}), {facts['date']}."
         f" Measured in the same run: {gemm} (torch.mm), {facts['copy_gbytes']:.1f} GB/s (copy)."
         f" Caches were {facts.get('cache', 'warm')}."
+        + (f" The run took {facts['minutes']:.0f} minutes." if "minutes" in facts else "")
     )
 
 

@@ -79,7 +79,7 @@ def selected_cases(options: argparse.Namespace) -> list[Case]:
     return [
         c
         for c in cases
-        if options.which in c.sets
+        if (options.which in c.sets or f"{options.which} {c.mode}" in c.sets)
         and (options.dtype is None or c.dtype == DTYPES[options.dtype])
         and (options.mode is None or c.mode == options.mode)
         and (options.name is None or options.name.lower() in c.name.lower())
@@ -175,6 +175,7 @@ def run(
 
     roofline = measure_roofline(device, sorted({c.dtype for c in cases}, key=str))
     tell(report.describe_roofline(roofline))
+    begin = time.monotonic()
     rows: list[Row] = []
     failures: dict[str, str] = {}
     for index, case in enumerate(cases):
@@ -182,14 +183,17 @@ def run(
         label = f"{case.op} {case.name} {case.mode} {dtype} {case.layout}"
         line = [r for r in rows if case.curve and (r.op, r.curve, r.dtype, r.modelled) ==
                 (case.op, case.curve, dtype, False)]  # fmt: skip
+        start = time.monotonic()
         try:
             torch._dynamo.reset()
             rows.append(_measure_or_model(case, device, roofline, manner, line))
-            tell(f"[{index + 1}/{len(cases)}] {report.describe_row(rows[-1])}")
+            seconds = f" ({time.monotonic() - start:.0f} s)"
+            tell(f"[{index + 1}/{len(cases)}] {report.describe_row(rows[-1])}{seconds}")
         except Exception as error:
             failures[label] = f"{type(error).__name__}: {error}".splitlines()[0]
             tell(f"[{index + 1}/{len(cases)}] {label}: FAILED {failures[label]}")
-    return environment(device, roofline, manner.cache), rows, failures
+    took = {"minutes": round((time.monotonic() - begin) / 60, 1)}
+    return environment(device, roofline, manner.cache) | took, rows, failures
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -75,6 +75,8 @@ class Verification:
 
     Attributes:
         seconds_before, seconds_after: median time of a call, unpatched and patched.
+        speedup: median over the rounds of unpatched over patched time: two calls one after the
+            other share what the machine's neighbours do to them.
         rounds: calls timed of each, taking turns.
         kernel_calls: op -> backend -> kernels run by one patched call.
     """
@@ -83,6 +85,7 @@ class Verification:
     outputs: list[OutputParity]
     seconds_before: float
     seconds_after: float
+    speedup: float
     rounds: int
     kernel_calls: dict[str, dict[str, int]]
 
@@ -108,10 +111,6 @@ class Verification:
         return not self.problems
 
     @property
-    def speedup(self) -> float:
-        return self.seconds_before / self.seconds_after
-
-    @property
     def worst(self) -> OutputParity:
         """The output with the largest error relative to its largest value."""
         return max(self.outputs, key=lambda o: o.parity.relative)
@@ -123,7 +122,7 @@ class Verification:
         return ", ".join(sorted(used)) or ("reference" if self.report.replaced else "none")
 
     def to_dict(self) -> dict[str, Any]:
-        derived = {"ok": self.ok, "problems": self.problems, "speedup": self.speedup}
+        derived = {"ok": self.ok, "problems": self.problems}
         return {**asdict(self), **derived, "backend": self.backend}
 
     def _lines(self) -> list[str]:
@@ -136,7 +135,7 @@ class Verification:
         before, after = self.seconds_before * 1e3, self.seconds_after * 1e3
         lines.append(
             f"time {before:.1f} ms -> {after:.1f} ms, {self.speedup:.2f}x"
-            f" (medians of {self.rounds}, taking turns)"
+            f" (medians of {self.rounds} rounds)"
         )
         verdict = ["same numbers"] if self.ok else ["NOT the same numbers:", *self.problems]
         return lines + verdict
@@ -214,7 +213,7 @@ def verify(
         model: unpatched; it is patched and unpatched again here.
         backend: see ``vitkit.patch``.
         seconds: time spent on measuring speed, unpatched and patched calls taking turns; at least
-            three of each.
+            five of each.
         progress: called with the name of each step.
 
     Returns:
@@ -261,9 +260,9 @@ def verify(
 
 def _take_turns(
     model: torch.nn.Module, backend: str, call: Callable[[], Any], seconds: float
-) -> tuple[float, float, int]:
-    """Median times unpatched and patched, and the number of rounds; the model arrives and leaves
-    patched."""
+) -> tuple[float, float, float, int]:
+    """Median times unpatched and patched, median of their ratios, and the number of rounds; the
+    model arrives and leaves patched."""
     on_gpu = any(p.is_cuda for p in model.parameters())
 
     def timed() -> float:
@@ -275,13 +274,18 @@ def _take_turns(
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    unpatched_times: list[float] = []
-    patched_times: list[float] = []
+    before: list[float] = []
+    after: list[float] = []
     stop = time.perf_counter() + seconds
-    while len(patched_times) < 3 or (time.perf_counter() < stop and len(patched_times) < 101):
+    while len(after) < 5 or (time.perf_counter() < stop and len(after) < 101):
+        # First one, then the other first: what drifts favours neither.
+        if len(after) % 2:
+            after.append(timed())
         unpatch(model)
-        unpatched_times.append(timed())
+        before.append(timed())
         patch(model, backend=backend)
-        patched_times.append(timed())
-    rounds = len(patched_times)
-    return statistics.median(unpatched_times), statistics.median(patched_times), rounds
+        if len(after) < len(before):
+            after.append(timed())
+    ratios = [b / a for b, a in zip(before, after, strict=True)]
+    medians = [statistics.median(values) for values in (before, after, ratios)]
+    return medians[0], medians[1], medians[2], len(ratios)

@@ -23,18 +23,28 @@ SHAPES: list[
 ] = [
     ("ViT-B/16", 8, 197, 197, 12, 64, "none", (1.5, 2.0, 1.3, 1.3), ("smoke", "fast", "full")),
     ("SigLIP so400m", 8, 256, 256, 16, 72, "none", (1.4, 1.5, 1.3, 1.3), ("fast", "full")),
-    ("ViT-B/16 512px", 2, 1024, 1024, 12, 64, "none", (1.15, 1.25, 1.3, 1.3), ("fast", "full")),
+    (
+        "ViT-B/16 512px",
+        2,
+        1024,
+        1024,
+        12,
+        64,
+        "none",
+        (1.15, 1.25, 1.3, 1.3),
+        ("fast forward", "full"),
+    ),
     ("ViT-B/16 1024px", 1, 4096, 4096, 12, 64, "none", (1.1, 1.25, 1.3, 1.3), ("full",)),
     ("BEiT-B/16", 8, 197, 197, 12, 64, "heads", (None, 2.0, None, 2.0), ("fast", "full")),
     ("ViT-L/16 384px", 4, 577, 577, 16, 64, "none", (None,) * 4, ("full",)),
     ("ViT-B/32", 16, 50, 50, 12, 64, "none", (None,) * 4, ("full",)),
-    ("SD1.5 cross attention", 2, 4096, 77, 8, 40, "none", (None,) * 4, ("fast", "full")),
+    ("SD1.5 cross attention", 2, 4096, 77, 8, 40, "none", (None,) * 4, ("fast forward", "full")),
     # Vision shapes of xformers' own benchmark.
     ("ViT-H/14", 16, 197, 197, 16, 80, "none", (None,) * 4, ("full",)),
     ("ViT-g/14", 16, 197, 197, 16, 88, "none", (None,) * 4, ("full",)),
     ("SD 512px self attention", 1, 4096, 4096, 16, 40, "none", (None,) * 4, ("full",)),
     ("SD 1024px self attention", 1, 16384, 16384, 4, 40, "none", (None,) * 4, ("full",)),
-]
+]  # fmt: skip
 CURVE = "tokens, 2 heads of 64"
 CURVE_SIZES = (256, 1024, 4096, 8192, 16384)
 # Scores of so many elements do not fit into memory in float64: the truth is computed in slices.

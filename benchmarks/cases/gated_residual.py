@@ -14,8 +14,8 @@ OP = "gated_residual"
 
 # (model, shape, shape of the gate, sets)
 SHAPES: list[tuple[str, tuple[int, ...], tuple[int, ...], tuple[str, ...]]] = [
-    ("DiT-XL/2", (8, 256, 1152), (8, 1152), ("smoke", "fast", "full")),
-    ("DINOv2 ViT-B/14 LayerScale", (8, 257, 768), (768,), ("fast", "full")),
+    ("DiT-XL/2", (8, 256, 1152), (8, 1152), ("smoke", "fast forward", "full")),
+    ("DINOv2 ViT-B/14 LayerScale", (8, 257, 768), (768,), ("full",)),
     ("Wan tokens", (2, 1024, 1536), (2, 1024, 1536), ("full",)),
 ]
 

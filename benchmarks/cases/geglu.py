@@ -15,7 +15,7 @@ from .elementwise import DTYPES, make_case
 OP = "geglu"
 # (model, batch, tokens, width of the result, sets)
 SHAPES = [
-    ("SD1.5 64px", 2, 4096, 1280, ("fast", "full")),
+    ("SD1.5 64px", 2, 4096, 1280, ("fast forward", "full")),
     ("SD1.5 16px", 2, 256, 5120, ("smoke", "full")),
     ("SDXL 32px", 2, 1024, 5120, ("full",)),
 ]

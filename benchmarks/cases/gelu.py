@@ -17,7 +17,7 @@ OP = "gelu"
 SHAPES = [
     ("ViT-B/16", (8, 197, 3072), "none", False, ("smoke", "fast", "full")),
     ("Swin-T stage 1", (4, 3136, 384), "none", False, ("full",)),
-    ("SigLIP so400m", (4, 256, 4304), "tanh", False, ("fast", "full")),
+    ("SigLIP so400m", (4, 256, 4304), "tanh", False, ("fast forward", "full")),
     ("ConvNeXt-T stage 2", (4, 768, 28, 28), "none", True, ("full",)),
 ]
 

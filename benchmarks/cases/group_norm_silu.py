@@ -17,7 +17,7 @@ GROUPS = 32
 # (model, shape, targets of (fp32, bf16) forward NCHW, channels_last, forward+backward), sets)
 SHAPES: list[tuple[str, tuple[int, ...], tuple[float | None, ...], tuple[str, ...]]] = [
     ("SD1.5 U-Net 64px", (2, 320, 64, 64), (2.2, 2.5, 1.7, 1.5), ("smoke", "fast", "full")),
-    ("SD1.5 U-Net 16px", (2, 1280, 16, 16), (1.8, 2.5, 1.7, 1.5), ("fast", "full")),
+    ("SD1.5 U-Net 16px", (2, 1280, 16, 16), (1.8, 2.5, 1.7, 1.5), ("fast forward", "full")),
     ("SD1.5 U-Net 32px", (2, 640, 32, 32), (None, None, None, None), ("full",)),
     ("SD1.5 U-Net 8px", (2, 2560, 8, 8), (None, None, None, None), ("full",)),
     ("KL-VAE 512px", (1, 128, 512, 512), (1.8, 2.5, None, 1.5), ("full",)),

@@ -18,9 +18,9 @@ EPS = 1e-6
 # (model, shape, modulation, targets of (fp32, bf16) forward and of forward+backward, sets)
 SHAPES: list[tuple[str, tuple[int, ...], str, tuple[float | None, ...], tuple[str, ...]]] = [
     ("Swin-T stage 1", (4, 3136, 96), "none", (None, 2.0, None), ("smoke", "fast", "full")),
-    ("ViT-B/16", (8, 197, 768), "none", (None, None, None), ("fast", "full")),
+    ("ViT-B/16", (8, 197, 768), "none", (None, None, None), ("fast forward", "full")),
     ("DiT-XL/2", (8, 256, 1152), "sample", (2.0, 2.5, 1.5), ("fast", "full")),
-    ("Wan tokens", (2, 1024, 1536), "token", (None, None, None), ("fast", "full")),
+    ("Wan tokens", (2, 1024, 1536), "token", (None, None, None), ("full",)),
     ("DiT-XL/2 without", (8, 256, 1152), "none", (None, None, None), ("full",)),
     ("Swin-T stage 3", (4, 196, 384), "none", (None, None, None), ("full",)),
     ("ViT-S/16, one image", (1, 197, 384), "none", (None, None, None), ("full",)),

@@ -33,8 +33,11 @@ class Shape(NamedTuple):
 VIT = ((8, 3, 224, 224), (768, 3, 16, 16))
 SHAPES = (
     Shape("ViT-B/16", *VIT, 1, False, False, (1.15, 2.0), ("smoke", "fast", "full")),
-    Shape("ViT-B/16 from bytes", *VIT, 1, False, True, (1.5, 3.0), ("fast", "full")),
-    Shape("Swin-T", (8, 3, 224, 224), (96, 3, 4, 4), 0, True, False, (2.0, 2.0), ("fast", "full")),
+    Shape("ViT-B/16 from bytes", *VIT, 1, False, True, (1.5, 3.0), ("fast forward", "full")),
+    Shape(
+        "Swin-T", (8, 3, 224, 224), (96, 3, 4, 4), 0, True, False, (2.0, 2.0),
+        ("fast forward", "full"),
+    ),
     Shape("DiT-XL/2", (8, 4, 32, 32), (1152, 4, 2, 2), 0, False, False, (None, None), ("full",)),
     Shape(
         "VideoMAE-B", (2, 3, 16, 224, 224), (768, 3, 2, 16, 16), 0, False, False, (2.0, 2.0),

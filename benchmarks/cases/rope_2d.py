@@ -16,7 +16,7 @@ OP = "rope_2d"
 SHAPES = [
     ("DINOv3 ViT-B/16", 8, 201, 12, 64, 196, "half", ("smoke", "fast", "full")),
     ("EVA-02 L/14", 4, 257, 16, 64, 256, "interleaved", ("full",)),
-    ("FLUX.1 512px", 1, 1536, 24, 128, 1536, "interleaved", ("fast", "full")),
+    ("FLUX.1 512px", 1, 1536, 24, 128, 1536, "interleaved", ("full",)),
 ]
 
 

@@ -18,7 +18,7 @@ SHAPES = [
     ("DINOv2 ViT-g/14", 4, 257, 4096, True, ("smoke", "fast", "full")),
     ("UNI2-h", 4, 265, 4096, True, ("full",)),
     ("LightningDiT-XL/1", 8, 256, 3072, True, ("full",)),
-    ("EVA-02 L/14", 4, 257, 2730, False, ("fast", "full")),
+    ("EVA-02 L/14", 4, 257, 2730, False, ("full",)),
 ]
 
 
