@@ -40,8 +40,8 @@ def scaled_index_add(
 
 
 class SwiGLU(torch.nn.Module):
-    """``w3(silu(x1) * x2)``, x1 and x2 from one Linear ``w12`` or from ``w1`` and ``w2``; parameters
-    named as in xformers."""
+    """``w3(silu(x1) * x2)``, x1 and x2 from one Linear ``w12`` or from ``w1`` and ``w2``;
+    parameters are named as in xformers."""
 
     def __init__(
         self,
