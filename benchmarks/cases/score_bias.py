@@ -29,8 +29,7 @@ class Shape(NamedTuple):
 
 NONE = (None,) * 4
 SHAPES = [
-    Shape("SAM-B global", 1, (64, 64), 12, 64, "decomposed", (1.5, 1.5, None, None),
-          sets=("fast forward", "full")),
+    Shape("SAM-B global", 1, (64, 64), 12, 64, "decomposed", (1.5, 1.5, None, None)),
     Shape("SAM-B global, bias given", 1, (64, 64), 12, 64, "decomposed", NONE, given=True),
     Shape("SAM-B windows", 25, (14, 14), 12, 64, "decomposed", NONE),
     Shape("TITAN 2048 tiles", 1, (64, 32), 12, 64, "distance", (1.5, 1.5, None, None)),
