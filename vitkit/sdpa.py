@@ -62,7 +62,7 @@ def scaled_dot_product_attention(
     if dropout_p:
         raise ValueError(f"{NAME}: dropout_p must be 0: no kernel drops weights, got {dropout_p}")
     lead = query.shape[:-3]
-    q, k, v = (_four_dimensions(t) for t in (query, key, value))
+    q, k, v = _four_dimensions(query), _four_dimensions(key), _four_dimensions(value)
     if enable_gqa and q.shape[1] != k.shape[1]:
         k, v = _grouped(q, k, v)
     if attn_mask is not None:
@@ -70,8 +70,9 @@ def scaled_dot_product_attention(
     width = v.shape[-1]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = _equal_widths(q, k, v)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     out = flash_attention(q, k, v, bias=attn_mask, causal=is_causal, scale=scale, backend=backend)
+    assert isinstance(out, torch.Tensor)
     out = out[..., :width].transpose(1, 2)
     if query.dim() == 4:
         return out

@@ -53,10 +53,10 @@ class SwiGLU(torch.nn.Module):
         _pack_weights: bool = True,
     ) -> None:
         super().__init__()
+        self.w12: torch.nn.Linear | None = None
         if _pack_weights:
             self.w12 = torch.nn.Linear(in_features, 2 * hidden_features, bias=bias)
         else:
-            self.w12 = None
             self.w1 = torch.nn.Linear(in_features, hidden_features, bias=bias)
             self.w2 = torch.nn.Linear(in_features, hidden_features, bias=bias)
         self.w3 = torch.nn.Linear(hidden_features, out_features or in_features, bias=bias)

@@ -126,7 +126,7 @@ def _masked(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_bias: Any, scale: float
 ) -> Result:
     if attn_bias is None or isinstance(attn_bias, torch.Tensor):
-        return flash_attention(q, k, v, bias=_dense(attn_bias, q), scale=scale, return_lse=True)
+        return _flash(q, k, v, bias=_dense(attn_bias, q), scale=scale)
     limits, found = band(attn_bias), blocks(attn_bias)
     if found is None:
         bias = getattr(attn_bias, "_bias", None)
@@ -143,6 +143,12 @@ def _masked(
             f" got {k.shape[1]}"
         )
     return _block_diagonal(q, k, v, attn_bias, limits, found, scale)
+
+
+def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Result:
+    result = flash_attention(q, k, v, return_lse=True, **options)
+    assert isinstance(result, tuple)
+    return result
 
 
 def _dense(bias: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
@@ -168,11 +174,11 @@ def _banded(
     """One block, [B, M, H, K]."""
     nq, nk = q.shape[1], k.shape[1]
     if limits.left is None and limits.right is None:
-        return flash_attention(q, k, v, bias=bias, scale=scale, return_lse=True)
+        return _flash(q, k, v, bias=bias, scale=scale)
     if _is_causal(limits, nq, nk):
-        return flash_attention(q, k, v, bias=bias, causal=True, scale=scale, return_lse=True)
+        return _flash(q, k, v, bias=bias, causal=True, scale=scale)
     allowed = limits.pairs(nq, nk, q.device)
-    return flash_attention(q, k, v, bias=allowed, scale=scale, return_lse=True)
+    return _flash(q, k, v, bias=allowed, scale=scale)
 
 
 def _block_diagonal(
@@ -197,9 +203,9 @@ def _block_diagonal(
         cu_k = mask.k_seqinfo.seqstart.to(q.device)
         if k_starts is not None:
             cu_k = torch.tensor(k_starts, dtype=torch.int32, device=q.device)
-        out, lse = flash_attention(
+        out, lse = _flash(
             q[0], k[0], v[0], causal=limits.right == 0, scale=scale, cu_seqlens_q=cu_q,
-            cu_seqlens_k=cu_k, return_lse=True,
+            cu_seqlens_k=cu_k,
         )  # fmt: skip
         return out[None], lse[None]
     parts = [
