@@ -60,7 +60,8 @@ def _why_no_rule(module: torch.nn.Module, rules: list[Rule]) -> str | None:
     """The reason to list a module no rule speaks for: it looks like what vitkit accelerates."""
     name = type(module).__name__
     host = type(module).__module__.split(".")[0]
-    parent = next((rule.cls for rule in rules if isinstance(module, rule.cls)), None)
+    classes = [rule.cls for rule in rules if rule.applies is None]
+    parent = next((cls for cls in classes if isinstance(module, cls)), None)
     if parent is not None:
         origin = parent.__module__.split(".")[0]
         return f"a subclass of {origin}'s {parent.__name__}: it may compute something else"
@@ -90,7 +91,7 @@ class _Survey:
 
     def plan(self, module: torch.nn.Module) -> Replacement | str | None:
         """A replacement, the reason the module is left, None if it is of no concern."""
-        rule = next((r for r in self.rules if type(module) is r.cls), None)
+        rule = next((r for r in self.rules if r.matches(module)), None)
         if rule is None:
             return _why_no_rule(module, self.rules)
         reason = _why_untouchable(module) or rule.why_not()

@@ -48,12 +48,17 @@ class Rule:
             module is of no concern after all.
         repeats: the host's functions whose computation the replacement repeats, each with the
             fingerprints it was written for and the host versions that have them.
+        applies: which modules the rule is for, where it is not those of exactly one class.
     """
 
     cls: type
     op: str
     plan: Callable[[Any], Replacement | str | None]
     repeats: tuple[tuple[Callable[..., Any], dict[str, str]], ...] = ()
+    applies: Callable[[torch.nn.Module], bool] | None = None
+
+    def matches(self, module: torch.nn.Module) -> bool:
+        return type(module) is self.cls if self.applies is None else self.applies(module)
 
     def why_not(self) -> str | None:
         """The reason this rule does not fit the installed version of its host."""
