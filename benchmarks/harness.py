@@ -160,10 +160,13 @@ def half_on_cpu(dtype: torch.dtype, device: str) -> bool:
 
 
 def in_float32(function: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
-    """``function`` with its tensors cast to float32 and its results to ``dtype``."""
+    """``function`` with its floating tensors cast to float32 and its results to ``dtype``."""
+
+    def widen(t: torch.Tensor) -> torch.Tensor:
+        return t.float() if t.is_floating_point() else t
 
     def call(*tensors: torch.Tensor | None) -> Any:
-        results = function(*tree_map_only(torch.Tensor, torch.Tensor.float, tensors))
+        results = function(*tree_map_only(torch.Tensor, widen, tensors))
         return tree_map_only(torch.Tensor, lambda t: t.to(dtype), results)
 
     return call

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import vitkit
 
-from ..harness import Case, Outputs, Provider, compiled
+from ..harness import Case, Outputs, Provider, compiled, half_on_cpu, in_float32
 
 OP = "patch_embed"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -122,6 +122,12 @@ def make_case(
             Provider("eager, channels_last", bind(_channels_last)),
             *(Provider(n, bind(f)) for n, f in compiled(_eager).items()),
         ]
+        if half_on_cpu(dtype, device):
+            wide = in_float32(_eager, dtype)
+            providers += [
+                Provider("eager in float32", bind(wide)),
+                Provider("torch.compile in float32", bind(torch.compile(wide))),
+            ]
         return providers, bind(_eager, double=True)
 
     out = shape.images[0] * (tokens + shape.prefixes) * embed
