@@ -60,3 +60,14 @@ def cpu_isa():
 
     yield force
     library.vitkit_force_cpu_isa(b"auto")
+
+
+@pytest.fixture
+def one_thread():
+    """Small tensors: threads that wait for each other cost ten times what is computed."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -5,6 +5,9 @@ its numbers stay. Importing vitkit imports torch and nothing heavy: kernels, Tri
 libraries load when they are first used.
 """
 
+import importlib as _importlib
+from types import ModuleType as _ModuleType
+
 from vitkit._version import __version__
 from vitkit.backends import explain
 from vitkit.ops.dilated_attention import dilated_attention
@@ -48,3 +51,9 @@ __all__ = [
     "verify",
     "window_attention",
 ]
+
+
+def __getattr__(name: str) -> _ModuleType:
+    if name == "models":  # classes of twenty families, loaded when they are asked for
+        return _importlib.import_module("vitkit.models")
+    raise AttributeError(f"module 'vitkit' has no attribute {name!r}")

@@ -8,11 +8,14 @@ where one of its kernels can run, torch's own functions where none can.
 from vitkit.nn.attention import Attention, AttentionPoolLatent
 from vitkit.nn.dilated import DilatedAttention
 from vitkit.nn.functional import attend, group_norm_silu, layer_norm, patch_embed, why_no_kernel
-from vitkit.nn.mlp import GEGLU, GELU, SwiGLU, SwiGLUPacked, geglu, gelu, swiglu
+from vitkit.nn.mlp import GEGLU, GELU, Mlp, SwiGLU, SwiGLUPacked, geglu, gelu, swiglu
+from vitkit.nn.multihead import MultiheadAttention
 from vitkit.nn.norm import AdaLayerNorm, GroupNorm, GroupNormSiLU, LayerNorm
 from vitkit.nn.patch import PatchEmbed
+from vitkit.nn.residual import LayerScale, gated_residual
 from vitkit.nn.rope import RotaryEmbedding2d, rotate
 from vitkit.nn.window import WindowAttention, WindowAttentionV2, attend_windows
+from vitkit.score_bias import DecomposedBias, DistanceBias
 
 __all__ = [
     "GEGLU",
@@ -20,10 +23,15 @@ __all__ = [
     "AdaLayerNorm",
     "Attention",
     "AttentionPoolLatent",
+    "DecomposedBias",
     "DilatedAttention",
+    "DistanceBias",
     "GroupNorm",
     "GroupNormSiLU",
     "LayerNorm",
+    "LayerScale",
+    "Mlp",
+    "MultiheadAttention",
     "PatchEmbed",
     "RotaryEmbedding2d",
     "SwiGLU",
@@ -32,6 +40,7 @@ __all__ = [
     "WindowAttentionV2",
     "attend",
     "attend_windows",
+    "gated_residual",
     "geglu",
     "gelu",
     "group_norm_silu",

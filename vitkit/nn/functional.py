@@ -18,6 +18,7 @@ from vitkit.ops import flash_attention as _attention
 from vitkit.ops import group_norm_silu as _norm
 from vitkit.ops import layer_norm_modulate as _layer_norm
 from vitkit.ops import patch_embed as _patch
+from vitkit.score_bias import DecomposedBias, DistanceBias
 
 # Elements below which torch is faster with a LayerNorm on a CPU: (float32, narrower types),
 # without gradients and with them (docs/performance.md).
@@ -72,12 +73,14 @@ def attend(
     q: torch.Tensor,  # [B, Nq, H, D]
     k: torch.Tensor,
     v: torch.Tensor,
-    mask: torch.Tensor | None = None,
+    mask: torch.Tensor | DecomposedBias | DistanceBias | None = None,
     causal: bool = False,
     scale: float | None = None,
 ) -> torch.Tensor:
     """``vitkit.flash_attention`` (bias=mask) on the backend of ``module``: [B, Nq, H, D]."""
     if _on_torch(_attention.NAME, module, q, q.shape[-1]):
+        if isinstance(mask, DecomposedBias | DistanceBias):
+            mask = mask.dense(q.dtype)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
         return out.transpose(1, 2)

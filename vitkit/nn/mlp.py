@@ -155,3 +155,30 @@ class GEGLU(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return geglu(self, self.proj(x))
+
+
+class Mlp(torch.nn.Module):
+    """Two projections with a GELU between: the parameters of timm's Mlp.
+
+    Args:
+        dim: width of the tokens.
+        hidden: width between the projections.
+        approximate: of the GELU, ``"none"`` or ``"tanh"``.
+        bias: whether the projections have a bias.
+
+    Example:
+        >>> import torch, vitkit.nn
+        >>> vitkit.nn.Mlp(64, 256)(torch.randn(2, 17, 64)).shape
+        torch.Size([2, 17, 64])
+    """
+
+    def __init__(
+        self, dim: int, hidden: int, *, approximate: str = "none", bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.fc1 = torch.nn.Linear(dim, hidden, bias=bias)
+        self.act = GELU(approximate=approximate)
+        self.fc2 = torch.nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act(self.fc1(x)))
