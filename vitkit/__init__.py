@@ -6,6 +6,7 @@ libraries load when they are first used.
 """
 
 from vitkit._version import __version__
+from vitkit.attention_map import attention_map
 from vitkit.backends import explain
 from vitkit.ops.dilated_attention import dilated_attention
 from vitkit.ops.flash_attention import flash_attention
@@ -28,6 +29,7 @@ __all__ = [
     "DecomposedBias",
     "DistanceBias",
     "__version__",
+    "attention_map",
     "dilated_attention",
     "explain",
     "flash_attention",
