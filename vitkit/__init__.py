@@ -9,6 +9,7 @@ import importlib as _importlib
 from types import ModuleType as _ModuleType
 
 from vitkit._version import __version__
+from vitkit.attention_map import attention_map
 from vitkit.backends import explain
 from vitkit.ops.dilated_attention import dilated_attention
 from vitkit.ops.flash_attention import flash_attention
@@ -31,6 +32,7 @@ __all__ = [
     "DecomposedBias",
     "DistanceBias",
     "__version__",
+    "attention_map",
     "dilated_attention",
     "explain",
     "flash_attention",

@@ -51,3 +51,16 @@ def svg(drawn: Any, label: str) -> str:
     for name, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{name})")
     return text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def standalone(element: str) -> str:
+    """An SVG file of its own from ``svg``'s element: colours for a light page, and for a dark one
+    where the reader prefers that."""
+    light = "--ink: #22252a; --before: #b9b3a8; --after: #0b7a75; --line: #dedad3; --bad: #b3261e;"
+    dark = "--ink: #e8e6e1; --before: #6b6f76; --after: #3cc4b8; --line: #34383d; --bad: #ff8a80;"
+    style = (
+        f"<style>:root {{ {light} }} @media (prefers-color-scheme: dark)"
+        f" {{ :root {{ {dark} }} }} text {{ fill: var(--ink); }}</style>"
+    )
+    end = element.index(">") + 1
+    return element[:end] + style + element[end:]
