@@ -78,8 +78,8 @@ def test_attention_uses_tensor_cores(library, usage):
     arch = min((a for a, _ in usage), key=lambda a: int(re.sub(r"\D", "", a)))
     kernels = [k for a, k in usage if a == arch and LOOKED_INTO.search(k)]
     # Forward, dq, dk and dv of: no term, a dense one, structured ones, windows, slots. dbias of: a
-    # dense term, windows. The same for windows of Swin V2, which have no 64 for bfloat16.
-    assert len(kernels) == 2 * (5 * 3 + 2) + 4
+    # dense term, windows. The same for windows of Swin V2.
+    assert len(kernels) == 2 * (6 * 3 + 3)
     text = cuobjdump("-sass", "-arch", arch, "-fun", ",".join(kernels), library)
     for section in text.split("Function : ")[1:]:
         name, code = section.split("\n", 1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import subprocess
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from emulated_attention import (
     I64,
     INT,
     ONE_KERNEL,
+    SANITIZERS,
     U64,
     P,
     SequenceMap,
@@ -29,6 +29,7 @@ from emulated_attention import (
     params,
     poisoned,
     rows,
+    run_sanitized,
 )
 from emulation import emulated, mutated
 from numerics import assert_parity, double, eager_attention, gradients
@@ -261,17 +262,9 @@ def test_emulated_thread_order_changes_nothing(library, dtype):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-SANITIZERS = {
-    "address": ("-fsanitize=address,undefined", "-fno-sanitize=vptr"),
-    "thread": ("-fsanitize=thread", "-fno-builtin"),
-}
-
-
 def sanitized(sanitizer, **options):
     """The sanitized program's exit code and output."""
-    path = emulated("sanitized_attention", flags=(*SANITIZERS[sanitizer], *ONE_KERNEL), **options)
-    done = subprocess.run([path], capture_output=True, text=True, timeout=170)
-    return done.returncode, done.stdout + done.stderr
+    return run_sanitized("sanitized_attention", sanitizer, **options)
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)

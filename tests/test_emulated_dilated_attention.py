@@ -158,7 +158,7 @@ def catch(csrc):
 # Faults put into the kernels: text, replacement.
 MUTANTS = {
     "zeros_not_attended": ("(causal ? i + 1 : s.slots) - s.n_k", "0"),
-    "phase_of_the_first_head": ("{start + phase,", "{start,"),
+    "phase_of_the_first_head": ("            start + phase,", "            start,"),
     "results_where_the_slots_are": ("? s.out_token + int64_t(i) * s.ratio", "? query(s, i)"),
     "weights_of_equal_branches": ("weight = ptx::exp2_approx(z - top)", "weight = 1.f"),
     "branches_overwrite_each_other": ("++i, p.map.adds = true)", "++i)"),
@@ -170,5 +170,6 @@ MUTANTS = {
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_emulated_mutants_are_caught(mutant, tmp_path):
+    csrc = mutated(tmp_path, *MUTANTS[mutant])
     with pytest.raises(AssertionError):
-        catch(mutated(tmp_path, *MUTANTS[mutant]))
+        catch(csrc)

@@ -198,7 +198,7 @@ def catch(csrc):
 
 # Faults put into the kernels: text, replacement.
 MUTANTS = {
-    "columns_of_the_grid_added_at_once": ("if (r == round && key < keys)", "if (r == 0)"),
+    "column_of_another_key": ("at - width.divide(at) * width.value", "key % width.value"),
     "row_of_the_grid_not_left": ("to[ih++] += run;", "to[ih] += run;"),
     "sums_of_the_first_warp": (
         "term.sums + (block * warps + warp) * 16 * lines", "term.sums + block * warps * 16 * lines"
@@ -209,5 +209,6 @@ MUTANTS = {
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_emulated_mutants_are_caught(mutant, tmp_path):
+    csrc = mutated(tmp_path, *MUTANTS[mutant])
     with pytest.raises(AssertionError):
-        catch(mutated(tmp_path, *MUTANTS[mutant]))
+        catch(csrc)

@@ -248,5 +248,6 @@ MUTANTS = {
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_emulated_mutants_are_caught(mutant, tmp_path):
+    csrc = mutated(tmp_path, *MUTANTS[mutant])
     with pytest.raises(AssertionError):
-        catch(mutated(tmp_path, *MUTANTS[mutant]))
+        catch(csrc)

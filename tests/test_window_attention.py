@@ -310,6 +310,6 @@ def test_what_only_the_cuda_kernels_refuse():
 
     gain = torch.zeros(1)
     assert "head dims of up to 128, got 136" in reasons(torch.bfloat16, 136)
-    assert "up to 64 for logit_scale in float32, got 72" in reasons(torch.float32, 72, gain)
-    for allowed in ((torch.float32, 128), (torch.float16, 128, gain), (torch.float32, 64, gain)):
+    assert "up to 64 with logit_scale, got 72" in reasons(torch.float32, 72, gain)
+    for allowed in ((torch.float32, 128), (torch.float16, 64, gain)):
         assert "head dim" not in reasons(*allowed)

@@ -46,7 +46,7 @@ constexpr TileRow kBackwardTiles[] = {
 
 // The same for cosine attention.
 constexpr TileRow kCosineBackwardTiles[] = {
-    {2, 128, {1, 4, 32, 2}, "inverse norms beside the statistics of every column: 64 spill"},
+    {2, 64, {1, 4, 32, 2}, "inverse norms beside the statistics of every column: 64 spill"},
     {4, 64, {1, 4, 32, 2}, "64 KB"},
 };
 

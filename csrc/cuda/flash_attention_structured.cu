@@ -9,6 +9,7 @@ namespace vitkit::attention {
 namespace {
 
 StructuredTerm empty_term(const AttentionArguments& a) {
+  check_head_dim(a.op, "q", a.q, a.element == Element::f32 ? 128 : kMaxHeadDim);
   StructuredTerm term{};
   term.decomposed.width = Divisor::of(1);
   term.heads = a.map.heads;

@@ -65,8 +65,7 @@ class Arguments {
     check_floating(kOp, "qkv", qkv_in);
     check_rank(kOp, "qkv", qkv_in, 6);
     check_size(kOp, "qkv", qkv_in, 3, 3);
-    const bool narrow = logit_scale && qkv_in.scalar_type() == ScalarType::Float;
-    check_head_dim(kOp, "qkv", qkv_in, narrow ? 64 : 128);
+    check_head_dim(kOp, "qkv", qkv_in, logit_scale ? 64 : 128);
     STD_TORCH_CHECK(window.size() == 2 && shift.size() == 2, kOp,
                     ": window_size and shift_size must have two elements");
     STD_TORCH_CHECK(

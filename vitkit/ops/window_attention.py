@@ -38,7 +38,7 @@ PADDINGS = ("pad_then_roll", "roll_then_pad")
 MAX_HEAD_DIM = 256
 MAX_WINDOW_TOKENS = 1024  # of the kernels; 24 x 24 is the largest published window
 MAX_CUDA_HEAD_DIM = 128  # of the C++ kernels; every published Swin has 32
-MAX_CUDA_COSINE_HEAD_DIM = 64  # of those for logit_scale in float32
+MAX_CUDA_COSINE_HEAD_DIM = 64  # of those for logit_scale
 MASK = -100.0
 MAX_LOGIT_SCALE = math.log(100.0)
 MIN_NORM = 1e-12
@@ -296,10 +296,9 @@ def why_not(
     if window_tokens > MAX_WINDOW_TOKENS:
         return f"its kernels take windows of up to {MAX_WINDOW_TOKENS} tokens, got {window_tokens}"
     if backend == "cuda":
-        narrow = cosine and qkv.dtype == torch.float32
-        most = MAX_CUDA_COSINE_HEAD_DIM if narrow else MAX_CUDA_HEAD_DIM
+        most = MAX_CUDA_COSINE_HEAD_DIM if cosine else MAX_CUDA_HEAD_DIM
         if head_dim > most:
-            given = " for logit_scale in float32" if narrow else ""
+            given = " with logit_scale" if cosine else ""
             return f"its kernels take head dims of up to {most}{given}, got {head_dim}"
     return backends.why_not_device(NAME, backend, qkv.device.type)
 
