@@ -28,8 +28,8 @@ using Dims = std::integer_sequence<int, kHeadDim...>;
 // Vision heads are 32 to 96 wide, where a step of 16 (what a product is deep) wastes least; float32
 // is a path for accuracy.
 using FlashDims = HeadDims<Dims<32, 64, 96, 128, 256>, Dims<32, 48, 64, 80, 96, 128, 192, 256>>;
-// Segment Anything has heads of 64 and 80, the slide encoder TITAN of 64. Wider ones of float32 would
-// spill.
+// Segment Anything has heads of 64 and 80, the slide encoder TITAN of 64. Wider ones of float32
+// would spill.
 using StructuredDims = HeadDims<Dims<64, 128>, Dims<64, 80, 256>>;
 // Every Swin Transformer has heads of 32; windows of wider heads than 128 are left to Triton. The
 // gradient of a direction needs whole rows in the registers of one block.
