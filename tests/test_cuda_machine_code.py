@@ -81,6 +81,15 @@ def test_attention_uses_tensor_cores(library, usage):
         assert not re.search(r"\b(LDL|STL)\b", code), f"{name}: local memory"
 
 
+def test_patch_embed_uses_tensor_cores(library, usage):
+    """Patches and weights come by asynchronous copies of 16 bytes."""
+    pattern = re.compile(r"patch_(project|dweight|dimages)_kernelI13__nv_bfloat16(S\d_)?E")
+    found = disassembled(library, usage, pattern)
+    assert len(found) == 3
+    for name, code in found.items():
+        assert "HMMA" in code and "LDGSTS.E.BYPASS.128" in code and "LDSM" in code, name
+
+
 def test_layer_norm_moves_16_bytes(library, usage):
     """x, the gradient and the output of packed rows, by 128-bit accesses alone."""
     pattern = re.compile(r"layer_norm_(fwd|bwd)_kernelI(13__nv_bfloat16Li8|fLi4)E")

