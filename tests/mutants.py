@@ -114,7 +114,7 @@ TABLE: dict[str, list[Mutant]] = {
     ],
     "layer_norm_modulate": [
         _m("sum_of_half_the_lanes", "int offset = kLanes / 2; offset > 0",
-           "int offset = kLanes / 2; offset > 1", True),
+           "int offset = kLanes / 2; offset > 1"),
         _m(
             "sums_read_before_they_are_written",
             "of_warp[threadIdx.x / kWarp][i] = v[i];\n    __syncthreads();",
@@ -135,9 +135,7 @@ TABLE: dict[str, list[Mutant]] = {
         _m(
             "rows_of_a_block_not_waited_for",
             "  if constexpr (kRows > 1) {\n    __syncthreads();",
-            "  if constexpr (kRows > 1) {",
-            True,
-        ),
+            "  if constexpr (kRows > 1) {"),
         _m("first_row_of_a_block_only", "for (int g = 1; g < kRows; ++g)",
            "for (int g = 1; g < 1; ++g)"),
         _m("rows_behind_the_end", "first + group < end ? s.width : 0", "s.width"),
@@ -159,7 +157,7 @@ TABLE: dict[str, list[Mutant]] = {
     "patch_embed": [
         _m("rows_of_the_first_frame_only", "n / g.grid_columns % g.grid_rows * g.patch_rows",
            "n / g.grid_columns * g.patch_rows"),
-        _m("pixels_beyond_the_image", " && u.column < t.columns", "", True),
+        _m("pixels_beyond_the_image", " && u.column < t.columns", ""),
         _m("padding_is_black", ": columns.padding[column]", ": 0.f - columns.centre[column]"),
         _m("padding_of_centred_bytes_is_zero", ": columns.padding[column]", ": 0.f"),
         _m("centre_of_the_first_channel", "p.bytes[at.channel]", "p.bytes[0]"),
@@ -188,7 +186,7 @@ TABLE: dict[str, list[Mutant]] = {
         _m("one_split_of_the_tokens", "for (int s = 0; s < p.splits; ++s) sum",
            "for (int s = 0; s < 1; ++s) sum"),
         _m("bias_gradient_of_the_last_token", "dbias += to_float(*grads(stage)",
-           "dbias = to_float(*grads(stage)", True),
+           "dbias = to_float(*grads(stage)"),
         _m("offset_missing_in_the_gradient", "p.tables[3 * channels + at.channel] * dbias", "0.f"),
         _m("gradient_of_positions_from_the_first_row",
            "p.dposition.store(i - int64_t(p.first) * p.embed, sum)", "p.dposition.store(i, sum)"),
