@@ -2,6 +2,8 @@
 # make test    lint, types, and every test this machine can run
 # make bench   the CPU benchmark of the README
 # make gpu     build for the visible GPU, test, sanitise and benchmark on it
+# make cuda-report  compile the CUDA kernels for sm_80, sm_90a and sm_100: registers, spills, tensor cores
+# make mutants put faults into the CUDA kernels, one at a time: which tests catch them
 # make format  rewrite all sources in the project's style
 #
 # Each target makes .venv and installs what it needs on the first run.
@@ -9,7 +11,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' 2>/dev/null)
+CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' 'tests/*.cuh' 2>/dev/null)
 
 # CUDA code for the GPUs of this machine; where there is none, for one architecture, which is enough
 # for the tests that read it. `pip install .` builds for all.
@@ -17,7 +19,7 @@ TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format
 	2>/dev/null | grep -x '[0-9.]*' | sort -u | sed 's/^9.0$$/9.0a/'),9.0a)
 export TORCH_CUDA_ARCH_LIST
 
-.PHONY: demo test bench gpu format lint native clean
+.PHONY: demo test bench gpu cuda-report mutants format lint native clean
 
 demo: native
 	$(BIN)/vitkit demo
@@ -39,6 +41,13 @@ bench: native
 # pytest-benchmark are installed already.
 gpu:
 	$(PYTHON) benchmarks/gpu.py
+
+# ninja compiles what changed since the last report.
+cuda-report: $(STAMP)
+	$(BIN)/python csrc/machine_code.py
+
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,5 @@
-"""``make gpu``: build for the visible GPU, test on it, sanitise, benchmark, store the results.
+"""``make gpu``: build for the visible GPU, run every device primitive and every op's tests on it,
+sanitise, benchmark, store the results.
 
 Needs no network and no virtual environment where torch, triton, ninja, pybind11, pytest and
 pytest-benchmark are installed. Every stage has a time limit, a failing stage does not stop the
@@ -46,6 +47,8 @@ def stages(device: str, gpu_name: str) -> list[Stage]:
     result = RESULTS / f"{slug}.json"
     found = [
         Stage("build", [python, "csrc/build.py"], 180),
+        # Writes tests/emulator/golden.json, which the emulator must reproduce from then on.
+        Stage("primitives", [python, "tests/conformance.py"], 120),
         Stage("tests", [python, "-m", "pytest", "-q", "-x", f"--device={device}", *OP_TESTS], 240),
     ]
     sanitizer = shutil.which("compute-sanitizer")

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-import subprocess
 
 import torch
-from emulation import emulated
 from numerics import DTYPES, assert_parity, double, gradients
 
 P, I64, INT, F32, BOOL, U64 = (
@@ -17,10 +15,6 @@ P, I64, INT, F32, BOOL, U64 = (
 BF16, F16, FLOAT = torch.bfloat16, torch.float16, torch.float32
 # What the driver of a mutant holds.
 ONE_KERNEL = ("-DEMULATED_BF16_ONLY", "-DEMULATED_HEAD_DIMS=32")
-SANITIZERS = {
-    "address": ("-fsanitize=address,undefined", "-fno-sanitize=vptr"),
-    "thread": ("-fsanitize=thread", "-fno-builtin"),
-}
 
 
 class Rows(ctypes.Structure):
@@ -118,10 +112,3 @@ def check_parity(names, found, exact, eager, tensors, cotangents, *, dtype, term
         if w is None:  # nothing depends on it
             e = w = torch.zeros(a.shape, dtype=torch.float64)
         assert_parity(name, a, e, w, dtype=dtype, terms=terms)
-
-
-def run_sanitized(program, sanitizer, **options):
-    """Exit code and output of a program that runs kernels on the emulator."""
-    path = emulated(program, flags=(*SANITIZERS[sanitizer], *ONE_KERNEL), **options)
-    done = subprocess.run([path], capture_output=True, text=True, timeout=170)
-    return done.returncode, done.stdout + done.stderr

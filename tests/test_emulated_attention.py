@@ -19,7 +19,6 @@ from emulated_attention import (
     I64,
     INT,
     ONE_KERNEL,
-    SANITIZERS,
     U64,
     P,
     SequenceMap,
@@ -29,9 +28,9 @@ from emulated_attention import (
     params,
     poisoned,
     rows,
-    run_sanitized,
 )
-from emulation import emulated, mutated
+from emulation import SANITIZERS, emulated, finding, mutated, sanitized
+from mutants import SILENT, of
 from numerics import assert_parity, double, eager_attention, gradients
 
 from vitkit.ops.flash_attention import reference
@@ -262,72 +261,35 @@ def test_emulated_thread_order_changes_nothing(library, dtype):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-def sanitized(sanitizer, **options):
-    """The sanitized program's exit code and output."""
-    return run_sanitized("sanitized_attention", sanitizer, **options)
-
-
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_emulated_under_sanitizers(sanitizer):
-    code, output = sanitized(sanitizer)
+    code, output = sanitized("sanitized_attention", sanitizer, flags=ONE_KERNEL)
     assert code == 0 and "done" in output and "Sanitizer" not in output, output[-4000:]
 
 
-# Faults put into the kernels: text, replacement. Each must fail a test above.
-MUTANTS = {
-    "queries_of_the_wrong_half": (
-        "t.address(row + lane % 16, k / 8 + lane / 16)",
-        "t.address(row + lane % 16, k / 8 + lane / 8 % 2)",
-    ),
-    "values_not_transposed": ("ptx::load_matrices_transposed(r, t", "ptx::load_matrices(r, t"),
-    "keys_of_the_wrong_half": (
-        "n + lane / 16 * 8 + lane % 8, k / 8 + lane / 8 % 2",
-        "n + lane / 8 % 2 * 8 + lane % 8, k / 8 + lane / 16",
-    ),
-    "tail_not_masked": ("key >= n_k || ", ""),
-    "causal_off_by_one": ("key >= n_k || (p.causal && key >", "key >= n_k || (p.causal && key >="),
-    "maximum_of_half_a_row": ("top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));", ""),
-    "outputs_not_rescaled": ("out[r][n][half * 2 + 1] *= keep;", ""),
-    "copy_waited_for_too_late": (
-        "ptx::copy_wait<kStages - 2>();\n    __syncthreads();\n    load_step(step + kStages - 1);\n"
-        "    if (step == 0) {",
-        "ptx::copy_wait<kStages - 1>();\n    __syncthreads();\n    load_step(step + kStages - 1);\n"
-        "    if (step == 0) {",
-    ),
-    "delta_forgotten": ("(dp[n][i] - statistics.delta)", "dp[n][i]"),
-    "gradient_of_the_wrong_operand": (
-        "multiply_columns<false>(dk, dp, queries(stage)",
-        "multiply_columns<false>(dk, dp, grads(stage)",
-    ),
-    "bias_gradient_of_one_chunk": ("copy < end; ++copy", "copy < first + 1; ++copy"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_emulated_mutants_are_caught(mutant, tmp_path):
-    csrc = mutated(tmp_path, *MUTANTS[mutant])
+def catch(csrc):
+    """Raises AssertionError if the kernels in ``csrc`` are broken."""
     broken = load(emulated("flash_attention", csrc=csrc, flags=("-shared", *ONE_KERNEL)), Call)
+    for name in ("bf16_ragged", "causal", "bias_shared_by_batch"):
+        arguments, making, options = CASES[name]
+        check(broken, make(*arguments, **making), **options)
+
+
+def catch_silent(csrc):
+    return finding("sanitized_attention", csrc, ONE_KERNEL)
+
+
+@pytest.mark.parametrize("mutant", of("flash_attention"), ids=lambda m: m.name)
+def test_emulated_mutants_are_caught(mutant, tmp_path):
+    csrc = mutated(tmp_path, mutant.old, mutant.new)
     with pytest.raises(AssertionError):
-        for name in ("bf16_ragged", "causal", "bias_shared_by_batch"):
-            arguments, making, options = CASES[name]
-            check(broken, make(*arguments, **making), **options)
+        catch(csrc)
 
 
-# Faults that need not change a number: sanitizer, what it says, text, replacement.
-SILENT_MUTANTS = {
-    "missing_barrier": (
-        "thread", "data race",
-        "    __syncthreads();\n    load_step(step + kStages - 1);\n    if (step == 0) {",
-        "    load_step(step + kStages - 1);\n    if (step == 0) {",
-    ),
-    "rows_read_behind_the_end": (
-        "address", "heap-buffer-overflow", "bool exists = first + row < n && ", "bool exists = "
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("mutant", SILENT_MUTANTS)
-def test_emulated_silent_mutants_are_caught(mutant, tmp_path):
-    sanitizer, finding, old, new = SILENT_MUTANTS[mutant]
-    code, output = sanitized(sanitizer, csrc=mutated(tmp_path, old, new))
+@pytest.mark.parametrize(
+    ("sanitizer", "finding", "mutant"), SILENT, ids=[m.name for *_, m in SILENT]
+)
+def test_emulated_silent_mutants_are_caught(sanitizer, finding, mutant, tmp_path):
+    csrc = mutated(tmp_path, mutant.old, mutant.new)
+    code, output = sanitized("sanitized_attention", sanitizer, csrc=csrc, flags=ONE_KERNEL)
     assert code != 0 and finding in output, output[-2000:]

@@ -30,6 +30,16 @@ const char* with_kernel(Element element, int head_dim, F&& f) {
   return "no such dtype in this driver";
 }
 
+// The same for 32, and for a wider head dim in float32 alone: that is where one is cut in slices.
+template <int kWide, typename F>
+const char* with_few_kernels(Element element, int head_dim, F&& f) {
+#ifndef EMULATED_BF16_ONLY
+  if (element == Element::f32)
+    return with_head_dim<float>(std::integer_sequence<int, 32, kWide>{}, head_dim, f);
+#endif
+  return with_kernel<32>(element, head_dim, f);
+}
+
 inline ForwardTensors forward_of(const BackwardTensors& b) {
   return {b.q,         b.k,        b.v,        b.out,    const_cast<float*>(b.lse),
           b.lse_batch, b.lse_head, b.head_dim, b.causal, b.scale};

@@ -1,14 +1,10 @@
-// Entry points for ctypes: dilated_attention's launches on the emulator, for one or two head dims.
+// Entry points for ctypes: dilated_attention's launches on the emulator, for few head dims.
 #include "attention_driver.h"
 
 #include "dilated_attention.cuh"
 
 using namespace vitkit;
 using namespace vitkit::attention;
-
-#ifndef EMULATED_HEAD_DIMS
-#define EMULATED_HEAD_DIMS 32, 96
-#endif
 
 extern "C" {
 
@@ -57,12 +53,11 @@ const char* emulated_forward(const Call* call) {
   p.lse = call->part_lse;
   p.lse_batch = call->heads * layout.rows;
   p.lse_head = layout.rows;
-  return with_kernel<EMULATED_HEAD_DIMS>(
-      call->element, p.head_dim, [&]<typename T, int kHeadDim>() {
-        const Stream stream{call->seed};
-        const char* error = launch_dilated_forward<T, kHeadDim>(p, layout, stream);
-        return error ? error : launch_mix<T>(mix_of(*call, layout), false, stream);
-      });
+  return with_few_kernels<96>(call->element, p.head_dim, [&]<typename T, int kHeadDim>() {
+    const Stream stream{call->seed};
+    const char* error = launch_dilated_forward<T, kHeadDim>(p, layout, stream);
+    return error ? error : launch_mix<T>(mix_of(*call, layout), false, stream);
+  });
 }
 
 const char* emulated_backward(const Call* call) {
@@ -74,13 +69,12 @@ const char* emulated_backward(const Call* call) {
   p.delta = call->delta;
   p.lse_batch = call->heads * layout.rows;
   p.lse_head = layout.rows;
-  return with_kernel<EMULATED_HEAD_DIMS>(
-      call->element, p.head_dim, [&]<typename T, int kHeadDim>() {
-        const Stream stream{call->seed};
-        const char* error = launch_mix<T>(mix, true, stream);
-        for (bool keys : {true, false})
-          if (!error) error = launch_dilated_gradient<T, kHeadDim>(p, layout, keys, stream);
-        return error;
-      });
+  return with_few_kernels<96>(call->element, p.head_dim, [&]<typename T, int kHeadDim>() {
+    const Stream stream{call->seed};
+    const char* error = launch_mix<T>(mix, true, stream);
+    for (bool keys : {true, false})
+      if (!error) error = launch_dilated_gradient<T, kHeadDim>(p, layout, keys, stream);
+    return error;
+  });
 }
 }

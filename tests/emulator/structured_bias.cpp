@@ -1,14 +1,10 @@
-// Entry points for ctypes: attention with structured biases on the emulator, for two head dims.
+// Entry points for ctypes: attention with structured biases on the emulator, for few head dims.
 #include "attention_driver.h"
 
 #include "attention/structured_gradient.cuh"
 
 using namespace vitkit;
 using namespace vitkit::attention;
-
-#ifndef EMULATED_HEAD_DIMS
-#define EMULATED_HEAD_DIMS 32, 96
-#endif
 
 extern "C" {
 
@@ -28,16 +24,15 @@ int emulated_divide(int n, int d) { return Divisor::of(d).divide(n); }
 // Null, or what was undefined.
 const char* emulated_forward(const Call* call) {
   const auto& b = call->params;
-  return with_kernel<EMULATED_HEAD_DIMS>(
-      call->element, b.head_dim, [&]<typename T, int kHeadDim>() {
-        return launch_forward<T, kHeadDim>(StructuredForward{forward_of(b), b.map, b.term},
-                                           b.map.n_q, Stream{call->seed});
-      });
+  return with_few_kernels<96>(call->element, b.head_dim, [&]<typename T, int kHeadDim>() {
+    return launch_forward<T, kHeadDim>(StructuredForward{forward_of(b), b.map, b.term}, b.map.n_q,
+                                       Stream{call->seed});
+  });
 }
 
 const char* emulated_backward(const Call* call) {
   StructuredBackward p = call->params;
-  return with_kernel<EMULATED_HEAD_DIMS>(
+  return with_few_kernels<96>(
       call->element, p.head_dim, [&]<typename T, int kHeadDim>() -> const char* {
         const Stream stream{call->seed};
         const StructuredPlan plan = plan_structured_gradient<T, kHeadDim>(p, p.map.n_q);

@@ -6,10 +6,6 @@
 using namespace vitkit;
 using namespace vitkit::attention;
 
-#ifndef EMULATED_HEAD_DIMS
-#define EMULATED_HEAD_DIMS 32, 96
-#endif
-
 extern "C" {
 
 struct Call {
@@ -40,7 +36,7 @@ const char* with_window_kernel(const Call& call, F&& f) {
       p,
       p.map,
       {t.table, t.window_height, t.window_width, t.limit_y, t.limit_x, nullptr, nullptr, t.heads}};
-  return with_kernel<EMULATED_HEAD_DIMS>(call.element, p.head_dim, [&]<typename T, int kHeadDim>() {
+  return with_few_kernels<96>(call.element, p.head_dim, [&]<typename T, int kHeadDim>() {
     return f.template operator()<T, kHeadDim>(plain);
   });
 }
