@@ -3,6 +3,8 @@
 # make bench   the CPU benchmark of the README
 # make gpu     build for the visible GPU, test, sanitise and benchmark on it, in ten minutes
 # make gpu-full  the same with every sanitizer, the full set and every rival
+# make cuda-report  compile the CUDA kernels for sm_80, sm_90a and sm_100: registers, spills, tensor cores
+# make mutants put faults into the CUDA kernels, one at a time: which tests catch them
 # make format  rewrite all sources in the project's style
 #
 # Each target makes .venv and installs what it needs on the first run.
@@ -10,7 +12,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' 2>/dev/null)
+CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp' 'tests/*.cu' 'tests/*.cuh' 2>/dev/null)
 
 # CUDA code for the GPUs of this machine; where there is none, for one architecture, which is enough
 # for the tests that read it. `pip install .` builds for all.
@@ -18,7 +20,7 @@ TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format
 	2>/dev/null | grep -x '[0-9.]*' | sort -u | sed 's/^9.0$$/9.0a/'),9.0a)
 export TORCH_CUDA_ARCH_LIST
 
-.PHONY: demo test bench gpu gpu-full format lint native clean
+.PHONY: demo test bench gpu gpu-full cuda-report mutants format lint native clean
 
 demo: native
 	$(BIN)/vitkit demo
@@ -43,6 +45,13 @@ gpu:
 
 gpu-full:
 	$(PYTHON) benchmarks/gpu.py --full
+
+# ninja compiles what changed since the last report.
+cuda-report: $(STAMP)
+	$(BIN)/python csrc/machine_code.py
+
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -171,23 +171,31 @@ def write_ninja(p: Plan, build_dir: Path, out_dir: Path) -> Path:
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $label",
+        # What ptxas says of each kernel goes to $out.log, everything else to the terminal.
         "rule nvcc",
-        "  command = $nvcc -MD -MF $out.d $flags -c $in -o $out",
+        "  command = $nvcc -MD -MF $out.d $flags -Xptxas -v -c $in -o $out 2> $out.log; code=$$?;"
+        " grep -v -e '^ptxas info' -e 'bytes stack frame' $out.log >&2; exit $$code",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $label",
+        "rule attributes",
+        f"  command = {sys.executable} {CSRC / 'machine_code.py'} --header $out $in",
+        "  description = read what ptxas says",
         "rule link",
         "  command = $linker $in $flags -o $out",
         "  description = link $out",
     ]
     defaults = []
 
-    def unit(rule: str, compiler: str, source: Path, tag: str, flags: list[str]) -> str:
+    def unit(
+        rule: str, compiler: str, source: Path, tag: str, flags: list[str], after: str = ""
+    ) -> str:
         relative = source.relative_to(CSRC)
         obj = f"{relative.with_suffix('')}.{tag}.o"
+        log = f" | {obj}.log" if rule == "nvcc" else ""
         lines.extend(
             [
-                f"build {obj}: {rule} {source}",
+                f"build {obj}{log}: {rule} {source}{after}",
                 f"  {'nvcc' if rule == 'nvcc' else 'cxx'} = {compiler}",
                 f"  flags = {' '.join(flags)}",
                 f"  label = {relative} [{tag}]",
@@ -215,6 +223,7 @@ def write_ninja(p: Plan, build_dir: Path, out_dir: Path) -> Path:
             for source, tag, flags in _cpu_objects(p, have)
         ]
         link("_C_cpu", p.cxx, objects, ["-shared", *_torch_flags(p)[1], "-lpthread"])
+    logs: list[str] = []
     if "_C_cuda" in p.targets:
         assert p.nvcc is not None and p.torch_dir is not None
         gencode = [f"-gencode arch=compute_{a},code=sm_{a}" for a in p.cuda_archs]
@@ -227,8 +236,8 @@ def write_ninja(p: Plan, build_dir: Path, out_dir: Path) -> Path:
             "-DUSE_CUDA",
             *gencode,
         ]
+        # No --threads: the logs of architectures would mix, and files keep the cores busy.
         flags += [
-            "--threads 2",
             f"-ccbin {p.cxx}",
             STABLE_ABI,
             f"-isystem {p.torch_dir / 'include'}",
@@ -237,6 +246,7 @@ def write_ninja(p: Plan, build_dir: Path, out_dir: Path) -> Path:
         objects = [
             unit("nvcc", p.nvcc, s, "cuda", flags) for s in sorted((CSRC / "cuda").glob("*.cu"))
         ]
+        logs = [f"{o}.log" for o in objects]
         torch_link = [f"-Xlinker {f}" if f.startswith("-Wl") else f for f in _torch_flags(p)[1]]
         link(
             "_C_cuda",
@@ -264,8 +274,11 @@ def write_ninja(p: Plan, build_dir: Path, out_dir: Path) -> Path:
             *CXX_FLAGS,
             *_include(build_dir, pybind11.get_include(), sysconfig.get_paths()["include"]),
         ]
+        lines.append(f"build kernel_attributes.h: attributes {' '.join(logs)}")
+        after = " | kernel_attributes.h"
         objects = [
-            unit("cxx", p.cxx, s, "py", flags) for s in sorted((CSRC / "runtime").glob("*.cpp"))
+            unit("cxx", p.cxx, s, "py", flags, after)
+            for s in sorted((CSRC / "runtime").glob("*.cpp"))
         ]
         link("_runtime", p.cxx, objects, ["-shared"])
     lines.append(f"default {' '.join(defaults)}")

@@ -55,14 +55,42 @@ def _built(name: str, flags: list[str], sources: list[Path], rest: list[str]) ->
     return target
 
 
-def mutated(folder: Path, old: str, new: str) -> Path:
-    """A copy of csrc in which ``old``, which stands in one place, is ``new``."""
+def mutated(folder: Path, old: str, new: str, header: str = "", nth: int = 0) -> Path:
+    """A copy of csrc in which ``old``, which stands in one place, is ``new``. With ``header``, its
+    ``nth`` occurrence there."""
     csrc = folder / "csrc"
     shutil.copytree(ROOT / "csrc", csrc, ignore=shutil.ignore_patterns("cpu", "runtime"))
     hits = 0
-    for source in csrc.glob("*/*.*h"):
-        text = source.read_text()
-        hits += text.count(old)
-        source.write_text(text.replace(old, new))
+    for source in [csrc / header] if header else csrc.glob("*/*.*h"):
+        parts = source.read_text().split(old)
+        hits += 1 if header else len(parts) - 1
+        if len(parts) > 1:
+            before, after = old.join(parts[: nth + 1]), old.join(parts[nth + 1 :])
+            source.write_text(before + new + after)
     assert hits == 1, "the mutation no longer fits the source"
     return csrc
+
+
+SANITIZERS = {
+    "address": ("-fsanitize=address,undefined", "-fno-sanitize=vptr"),
+    "thread": ("-fsanitize=thread", "-fno-builtin"),
+}
+
+
+def sanitized(
+    driver: str, sanitizer: str, *, csrc: Path = ROOT / "csrc", flags: tuple[str, ...] = ()
+) -> tuple[int, str]:
+    """Exit code and output of the program ``tests/emulator/<driver>.cpp`` under a sanitizer."""
+    path = emulated(driver, csrc=csrc, flags=(*SANITIZERS[sanitizer], *flags))
+    done = subprocess.run([path], capture_output=True, text=True, timeout=170)
+    return done.returncode, done.stdout + done.stderr
+
+
+def finding(driver: str, csrc: Path, flags: tuple[str, ...] = ()) -> str | None:
+    """What the first sanitizer that finds something says, None if none does."""
+    for sanitizer in SANITIZERS:
+        code, output = sanitized(driver, sanitizer, csrc=csrc, flags=flags)
+        if code != 0 or "Sanitizer" in output:
+            lines = (x for x in output.splitlines() if "Sanitizer" in x or ".cuh" in x)
+            return f"{sanitizer}: {next(lines, 'failed')}"
+    return None

@@ -173,7 +173,7 @@ def test_gpu_stages_survive_a_failing_stage(tmp_path):
     assert outcome["slow"].startswith("stopped after 1 s")
     assert outcome["good"].startswith("ok")
     names = [s.name for s in gpu.stages("cuda", "NVIDIA H100")]
-    assert names[:2] == ["build", "tests"] and names[-1] == "benchmarks, fast set"
+    assert names[:3] == ["build", "primitives", "tests"] and names[-1] == "benchmarks, fast set"
     assert sum(s.seconds for s in gpu.stages("cuda", "NVIDIA H100")) <= 600
     full = [s.command for s in gpu.stages("cuda", "NVIDIA H100", full=True)]
-    assert "scaling" in full[-1] and "all" in full[-1] and not any("-x" in c for c in full[:2])
+    assert "scaling" in full[-1] and "all" in full[-1] and not any("-x" in c for c in full[:3])

@@ -34,6 +34,25 @@ def test_info_as_json():
     assert facts["ops"]["flash_attention"]["cpu"]["cpu"] == "can run"
 
 
+def test_kernel_attributes():
+    """Of the CUDA library that is there: every kernel with its registers, in info and explain."""
+    facts = json.loads(invoke("info", "--json").stdout)
+    if doctor._library.native_path("_C_cuda") is None:
+        assert facts["cuda_kernels"] == {}
+        return
+    kernels = facts["cuda_kernels"]["flash_attention"]
+    assert {k["arch"] for k in kernels} == set(facts["build"]["cuda_archs"])
+    for k in kernels:
+        low, high = k["registers"]
+        assert 0 < low <= high <= 255 and k["instantiations"] > 0
+    assert "attention_fwd_kernel" in {k["kernel"] for k in kernels}
+    x = torch.zeros(1, 4, 1, 16)
+    text = str(vitkit.explain("flash_attention", x, x, x))
+    assert "attention_fwd_kernel x " in text and "registers, no spills" in text
+    owned = sum(len(k) for k in facts["cuda_kernels"].values())
+    assert owned == len(doctor._library.kernel_attributes()), "a source that belongs to no op"
+
+
 def test_info_names_every_op():
     done = invoke("info")
     assert done.exit_code == 0

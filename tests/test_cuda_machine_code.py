@@ -6,18 +6,20 @@ these tests skip.
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
+import machine_code
 import pytest
 import torch
 
-from vitkit import _library, backends
+from vitkit import _library
 
-HOT = ("attention_fwd", "attention_bwd_dq", "attention_bwd_dkv", "attention_dbias_kernel")
+# Kernels whose every byte of local memory costs time. (A division of 64 bits takes 8 bytes of stack
+# for its subroutine: others may have them.)
+HOT = (
+    "attention_fwd", "attention_bwd_dq", "attention_bwd_dkv", "attention_dbias_kernel",
+    "layer_norm_fwd", "layer_norm_bwd", "patch_project", "patch_dweight", "patch_dimages",
+)  # fmt: skip
 # Disassembled, of one architecture: what most vision transformers use, and the path of float32.
 LOOKED_INTO = re.compile(r"attention_\w+_kernelI(13__nv_bfloat16|f)Li64E")
 
@@ -30,39 +32,25 @@ def library():
     return path
 
 
-def cuobjdump(*arguments):
-    spec = importlib.util.find_spec("triton")
-    bundled = Path(spec.origin).parent / "backends" / "nvidia" / "bin" if spec else Path()
-    tools = [shutil.which("cuobjdump"), str(bundled / "cuobjdump")]
-    tool = next((t for t in tools if t and Path(t).exists()), None)
-    if tool is None:
-        pytest.skip("cuobjdump is not installed")
-    return subprocess.check_output([tool, *map(str, arguments)], text=True)
-
-
 @pytest.fixture(scope="module")
 def usage(library):
     """(architecture, kernel) -> registers, stack, local memory."""
-    found, arch, kernel = {}, None, None
-    for line in cuobjdump("-res-usage", library).splitlines():
-        if match := re.search(r"arch = (sm_\w+)", line):
-            arch = match[1]
-        elif match := re.search(r"Function (\w+):", line):
-            kernel = match[1]
-        elif match := re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line):
-            found[arch, kernel] = tuple(map(int, match.groups()))
+    try:
+        found = machine_code.usage(library)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
     assert found
     return found
 
 
-def test_no_attention_kernel_spills(usage):
-    """Nothing lies in local memory, in any instantiation for any architecture. (A division of 64
-    bits takes 8 bytes of stack for its subroutine: kernels that are not hot may have them.)"""
-    hot = {k: v for k, v in usage.items() if any(name in k[1] for name in HOT)}
+def test_no_hot_kernel_spills(usage):
+    """Nothing lies in local memory, in any instantiation for any architecture."""
+    hot = [k for k in usage.values() if any(name in k.mangled for name in HOT)]
     assert hot
-    for (arch, kernel), (registers, stack, local) in hot.items():
-        assert registers <= 255 and stack == local == 0, (
-            f"{arch} {kernel}: {registers} registers, {stack} bytes of stack, {local} local"
+    for k in hot:
+        assert k.registers <= 255 and k.stack == k.local == 0, (
+            f"{k.arch} {k.mangled}: {k.registers} registers, {k.stack} bytes of stack,"
+            f" {k.local} local"
         )
 
 
@@ -74,19 +62,43 @@ def test_every_kernel_is_built_for_every_architecture(usage):
         assert any(name in k for k in kernels), name
 
 
-def test_attention_uses_tensor_cores(library, usage):
+def disassembled(library, usage, pattern):
+    """(kernel, machine code) of those whose name matches, for the oldest architecture."""
     arch = min((a for a, _ in usage), key=lambda a: int(re.sub(r"\D", "", a)))
-    kernels = [k for a, k in usage if a == arch and LOOKED_INTO.search(k)]
-    assert len(kernels) == 14, "2 dtypes: forward, dq, dk and dv with and without a term; dbias"
-    text = cuobjdump("-sass", "-arch", arch, "-fun", ",".join(kernels), library)
-    for section in text.split("Function : ")[1:]:
-        name, code = section.split("\n", 1)
-        assert "HMMA" in code, f"{name}: no tensor-core instruction"
+    kernels = [k for a, k in usage if a == arch and pattern.search(k)]
+    found = dict(machine_code.disassembled(library, arch, kernels))
+    assert found.keys() == set(kernels)
+    return found
+
+
+def test_attention_uses_tensor_cores(library, usage):
+    found = disassembled(library, usage, LOOKED_INTO)
+    # Forward, dq, dk and dv of: no term, a dense one, structured ones, windows, slots. dbias of: a
+    # dense term, windows. The same for windows of Swin V2.
+    assert len(found) == 2 * (6 * 3 + 3)
+    for name, code in found.items():
+        assert machine_code.TENSOR.search(code), f"{name}: no tensor-core instruction"
         assert "LDGSTS.E.BYPASS.128" in code, f"{name}: no asynchronous copy of 16 bytes"
         assert "LDSM" in code or "If" in name, f"{name}: no ldmatrix"
         assert not re.search(r"\b(LDL|STL)\b", code), f"{name}: local memory"
-        kernels.remove(name.strip())
-    assert not kernels, f"not disassembled: {kernels}"
+
+
+def test_patch_embed_uses_tensor_cores(library, usage):
+    """Patches and weights come by asynchronous copies of 16 bytes."""
+    pattern = re.compile(r"patch_(project|dweight|dimages)_kernelI13__nv_bfloat16(S\d_)?E")
+    found = disassembled(library, usage, pattern)
+    assert len(found) == 3
+    for name, code in found.items():
+        assert "HMMA" in code and "LDGSTS.E.BYPASS.128" in code and "LDSM" in code, name
+
+
+def test_layer_norm_moves_16_bytes(library, usage):
+    """x, the gradient and the output of packed rows, by 128-bit accesses alone."""
+    pattern = re.compile(r"layer_norm_(fwd|bwd)_kernelI(13__nv_bfloat16Li8|fLi4)E")
+    found = disassembled(library, usage, pattern)
+    assert len(found) == 2 * (3 + 4)
+    for name, code in found.items():
+        assert re.search(r"LDG\.E\.128", code) and re.search(r"STG\.E\.128", code), name
 
 
 def test_an_op_with_a_forward_kernel_has_a_backward_kernel(library):
@@ -95,12 +107,38 @@ def test_an_op_with_a_forward_kernel_has_a_backward_kernel(library):
     ops = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("vitkit::")]
     forward = [n for n in ops if n.endswith("_fwd")]
     has = {n: torch._C._dispatch_has_kernel_for_dispatch_key(n, "CUDA") for n in ops}
-    assert has["vitkit::flash_attention_fwd"] and has["vitkit::group_norm_silu_fwd"]
+    attention = ("flash_attention", "flash_attention_decomposed", "flash_attention_distance",
+                 "window_attention", "dilated_attention")  # fmt: skip
+    for op in (*attention, "group_norm_silu", "layer_norm_modulate"):
+        assert has[f"vitkit::{op}_fwd"], op
     for name in forward:
         assert has[name] == has[name.removesuffix("_fwd") + "_bwd"], name
 
 
-def test_score_terms_without_a_kernel_are_refused(library):
-    for suffix in ("_decomposed", "_distance"):
-        reason = backends.why_not_device(f"flash_attention{suffix}", "cuda", "cuda")
-        assert "no C++" in reason
+def test_counts_of_machine_code():
+    """The reading itself, on lines as cuobjdump and ptxas write them."""
+    name = "_ZN6vitkit9attention20attention_fwd_kernelI13__nv_bfloat16Li64ENS0_6NoTermEEEvT_"
+    k = machine_code.Kernel("sm_80", name, 168, 0, 1024, 0, threads=128)
+    assert k.name == "attention_fwd_kernel"
+    assert k.warps == 12  # 65536 / (168 * 128) = 3 blocks of 4 warps
+    machine_code.count(
+        k, "HMMA.16816.F32 R4\nLDG.E.128 R8\nLDGSTS.E.BYPASS.128 [R1]\nSTG.E R2\nLDL R0"
+    )
+    assert (k.tensor, k.wide, k.accesses, k.spills) == (1, 2, 3, 1)
+
+
+def test_summary_of_compiler_logs(tmp_path):
+    log = tmp_path / "flash_attention_forward.cuda.o.log"
+    lines = [
+        "ptxas info    : Compiling entry function '_ZN6vitkit3abc8a_kernelIfEEvT_' for 'sm_80'",
+        "ptxas info    : Function properties for _ZN6vitkit3abc8a_kernelIfEEvT_",
+        "    0 bytes stack frame, {0} bytes spill stores, {0} bytes spill loads",
+        "ptxas info    : Used {1} registers, used 1 barriers, 512 bytes smem, 400 bytes cmem[0]",
+    ]
+    text = "\n".join(lines)
+    log.write_text(f"{text.format(0, 40)}\n{text.format(8, 64)}\n")
+    (entry,) = machine_code.summary([log])
+    assert entry == {
+        "source": "flash_attention_forward", "kernel": "a_kernel", "arch": "sm_80",
+        "instantiations": 2, "registers": [40, 64], "spilled_bytes": 16, "shared_bytes": 512,
+    }  # fmt: skip

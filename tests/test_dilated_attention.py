@@ -7,10 +7,9 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import DTYPES, assert_parity, double, gradients
+from numerics import DTYPES, assert_parity, double, eager_dilated_attention, gradients
 
 import vitkit
 from vitkit.benchmarks.timing import peak_bytes
@@ -47,48 +46,6 @@ def choose(kind, device):
 def make(device, dtype, batch=1, n=37, heads=3, head_dim=16):
     torch.manual_seed(0)
     return [torch.randn(batch, n, heads, head_dim, device=device).to(dtype) for _ in range(3)]
-
-
-def eager_dilated_attention(q, k, v, lengths, ratios, causal, scale, torchscale, detached=True):
-    """As the published code computes it, in the dtype of q: pad, cut into segments, thin out by
-    heads, attend, spread out again, mix."""
-    b, n, heads, d = q.shape
-    outs, lses = [], []
-    for length, ratio in zip(lengths, ratios, strict=True):
-        w = min(length, n)
-        segments, slots, group = -(-n // w), -(-w // ratio), -(-heads // ratio)
-
-        def thin(x, w=w, segments=segments, slots=slots, group=group, ratio=ratio):
-            x = F.pad(x, (0, 0, 0, 0, 0, segments * w - n)).view(b, segments, w, heads, d)
-            x = F.pad(x, (0, 0, 0, group * ratio - heads, 0, slots * ratio - w))
-            x = x.view(b, segments, slots, ratio, ratio, group, d)
-            return torch.diagonal(x, 0, 3, 4).permute(0, 1, 2, 5, 3, 4)  # ... ratio, group, d
-
-        qs, ks, vs = (thin(x).flatten(3, 4) for x in (q, k, v))  # [b, s, slots, heads', d]
-        scores = torch.einsum("bsihd,bsjhd->bshij", qs * scale, ks)
-        if causal:
-            keep = torch.ones(slots, slots, dtype=torch.bool, device=q.device).tril()
-            scores = scores.masked_fill(~keep, -math.inf)
-        out = torch.einsum("bshij,bsjhd->bsihd", scores.softmax(-1), vs)
-        lse = scores.float().logsumexp(-1).transpose(2, 3)  # [b, s, slots, heads']
-
-        def spread(x, w=w, segments=segments, slots=slots, group=group, ratio=ratio):
-            x = x.view(b, segments, slots, ratio, group, -1)
-            x = torch.diag_embed(x.movedim(3, -1), 0, 3, 4)  # [b, s, slots, r, r, group, c]
-            x = x.reshape(b, segments, slots * ratio, ratio * group, -1)[:, :, :, :heads]
-            if not torchscale:
-                x = x[:, :, :w]
-            return x.flatten(1, 2)[:, :n]
-
-        outs.append(spread(out))
-        lse = spread(lse[..., None])[..., 0]
-        covered = spread(torch.ones_like(out[..., :1]))[..., 0] > 0
-        lses.append(lse.masked_fill(~covered, -1e8))
-    lses = torch.stack(lses)
-    weights = (lses.detach() if detached else lses).softmax(0)
-    out = sum(o * a[..., None].to(o.dtype) for o, a in zip(outs, weights, strict=True))
-    lse = lses.logsumexp(0)
-    return out, lse.masked_fill((lses == -1e8).all(0), -math.inf).transpose(1, 2)
 
 
 def check(
@@ -383,3 +340,14 @@ def test_bad_input(device, backend, change, message):
     with pytest.raises((TypeError, ValueError), match=message) as error:
         vitkit.dilated_attention(**call, backend=backend)
     assert str(error.value).startswith("dilated_attention: ")
+
+
+def test_what_only_the_cuda_kernels_refuse():
+    q = torch.zeros(1, 4, 1, 8)
+
+    def reason(branches):
+        options = {"segment_lengths": [2] * branches, "dilation_ratios": [1] * branches}
+        return vitkit.explain("dilated_attention", q, q, q, **options).reasons["cuda"]
+
+    assert "up to 32 branches, got 33" in reason(33)
+    assert "branches" not in reason(32)

@@ -8,30 +8,32 @@ speed need a GPU (``make gpu``).
 from __future__ import annotations
 
 import ctypes
-import math
 import mmap
-import subprocess
 
 import pytest
 import torch
-from emulation import emulated, mutated
-from numerics import DTYPES, assert_parity, double, eager_attention, gradients
+from emulated_attention import (
+    BF16,
+    F16,
+    FLOAT,
+    I64,
+    INT,
+    ONE_KERNEL,
+    U64,
+    P,
+    SequenceMap,
+    element,
+    launch,
+    load,
+    params,
+    poisoned,
+    rows,
+)
+from emulation import SANITIZERS, emulated, finding, mutated, sanitized
+from mutants import SILENT, of
+from numerics import assert_parity, double, eager_attention, gradients
 
 from vitkit.ops.flash_attention import reference
-
-P, I64, INT, F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-
-
-class Rows(ctypes.Structure):
-    _fields_ = [("data", P), ("batch", I64), ("token", I64), ("head", I64)]
-
-
-class SequenceMap(ctypes.Structure):
-    _fields_ = [
-        *((n, INT) for n in ("batch", "heads", "n_q", "n_k", "sequences")),
-        ("cu_seqlens_q", P),
-        ("cu_seqlens_k", P),
-    ]
 
 
 class DenseTerm(ctypes.Structure):
@@ -42,93 +44,57 @@ class DenseTerm(ctypes.Structure):
     ]
 
 
-class Params(ctypes.Structure):
-    _fields_ = [
-        *((n, Rows) for n in ("q", "k", "v", "out", "grad", "dq", "dk", "dv")),
-        *((n, P) for n in ("lse", "grad_lse", "delta")),
-        *((n, I64) for n in ("lse_batch", "lse_head")),
-        *((f"grad_lse_{n}", I64) for n in ("batch", "head", "token")),
-        ("head_dim", INT),
-        ("causal", ctypes.c_bool),
-        ("scale", F32),
-        ("grad_scale", F32),
-        ("map", SequenceMap),
-        ("term", DenseTerm),
-    ]
-
-
 class Call(ctypes.Structure):
     _fields_ = [
-        ("params", Params),
+        ("params", params(SequenceMap, DenseTerm)),
         *((n, INT) for n in ("element", "rows_q", "rows_k")),
         ("dbias", P),
         ("bias_sizes", INT * 4),
         ("chunks", INT),
-        ("seed", ctypes.c_uint64),
+        ("seed", U64),
     ]
-
-
-def load(path):
-    library = ctypes.CDLL(str(path))
-    for name in ("emulated_forward", "emulated_backward"):
-        getattr(library, name).restype = ctypes.c_char_p
-    library.emulated_call_size.restype = ctypes.c_size_t
-    assert library.emulated_call_size() == ctypes.sizeof(Call)
-    return library
 
 
 @pytest.fixture(scope="module")
 def library():
-    return load(emulated("flash_attention", flags=("-shared",)))
-
-
-def rows(t):
-    assert t.stride(-1) == 1
-    return Rows(t.data_ptr(), t.stride(0) if t.dim() == 4 else 0, t.stride(-3), t.stride(-2))
+    return load(emulated("flash_attention", flags=("-shared",)), Call)
 
 
 def run(library, q, k, v, bias=None, cu=None, causal=False, scale=None, cotangents=None, chunks=0,
         seed=1):  # fmt: skip
     """(out, lse), and with cotangents of both (dq, dk, dv, dbias)."""
     packed = cu is not None
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out = torch.full_like(q.contiguous(), torch.nan)
+    out = poisoned(q)
     heads, n_q, n_k = q.shape[-2], q.shape[-3], k.shape[-3]
     sequences = len(cu[0]) - 1 if packed else 1
     lse = torch.full((*q.shape[:-3], heads, n_q), torch.nan)
-    call = Call(seed=seed, element=DTYPES.index(q.dtype))
+    call = Call(seed=seed, element=element(q.dtype))
     p = call.params
-    p.q, p.k, p.v, p.out = map(rows, (q, k, v, out))
+    p.tensors.set_inputs(q, k, v, causal, q.shape[-1] ** -0.5 if scale is None else scale)
+    p.out = rows(out)
     p.lse, p.lse_batch, p.lse_head = lse.data_ptr(), heads * n_q, n_q
-    p.head_dim, p.causal = q.shape[-1], causal
-    p.scale, p.grad_scale = scale * math.log2(math.e), scale
     p.map = SequenceMap(1 if packed else q.shape[0], heads, n_q, n_k, sequences)
     if packed:
         p.map.cu_seqlens_q, p.map.cu_seqlens_k = (c.data_ptr() for c in cu)
     call.rows_q, call.rows_k = -(-n_q // sequences), -(-n_k // sequences)
     if bias is not None:
         strides = [0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True)]
-        p.term = DenseTerm(bias.data_ptr(), [*DTYPES, torch.bool].index(bias.dtype), *strides)
+        p.term = DenseTerm(bias.data_ptr(), element(bias.dtype), *strides)
         call.bias_sizes = (INT * 4)(*bias.shape)
-    error = library.emulated_forward(ctypes.byref(call))
-    assert error is None, error.decode()
+    launch(library.emulated_forward, call)
     if cotangents is None:
         return out, lse
     grad, grad_lse = cotangents
-    delta = torch.full_like(lse, torch.nan)
-    dq, dk, dv = (torch.full_like(t.contiguous(), torch.nan) for t in (q, k, v))
+    delta = poisoned(lse)
+    dq, dk, dv = map(poisoned, (q, k, v))
     p.grad, p.dq, p.dk, p.dv = map(rows, (grad, dq, dk, dv))
     p.delta = delta.data_ptr()
-    if grad_lse is not None:
-        p.grad_lse = grad_lse.data_ptr()
-        p.grad_lse_batch, p.grad_lse_head, p.grad_lse_token = (
-            0 if packed else grad_lse.stride(0), *grad_lse.stride()[-2:])  # fmt: skip
+    p.tensors.set_grad_lse(grad_lse)
     dbias = None
     if bias is not None and bias.dtype != torch.bool:
-        dbias = torch.full_like(bias, torch.nan)
+        dbias = poisoned(bias)
         call.dbias, call.chunks = dbias.data_ptr(), chunks
-    error = library.emulated_backward(ctypes.byref(call))
-    assert error is None, error.decode()
+    launch(library.emulated_backward, call)
     return out, lse, dq, dk, dv, dbias
 
 
@@ -191,7 +157,6 @@ def check(library, tensors, causal=False, scale=None, backward=True, **options):
 
 
 # (dtype, batch, n_q, n_k, heads, head_dim), options of make, options of check
-BF16, F16, FLOAT = torch.bfloat16, torch.float16, torch.float32
 CASES = {
     "bf16_ragged": ((BF16, 1, 37, 75, 2, 32), {}, {}),
     "f16_two_blocks_qkv_views": ((F16, 1, 133, 133, 1, 64), {"fused": True}, {}),
@@ -296,81 +261,35 @@ def test_emulated_thread_order_changes_nothing(library, dtype):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-SANITIZERS = {
-    "address": ("-fsanitize=address,undefined", "-fno-sanitize=vptr"),
-    "thread": ("-fsanitize=thread", "-fno-builtin"),
-}
-ONE_KERNEL = ("-DEMULATED_BF16_ONLY", "-DEMULATED_HEAD_DIMS=32")
-
-
-def sanitized(sanitizer, **options):
-    """The sanitized program's exit code and output."""
-    path = emulated("sanitized_attention", flags=(*SANITIZERS[sanitizer], *ONE_KERNEL), **options)
-    done = subprocess.run([path], capture_output=True, text=True, timeout=170)
-    return done.returncode, done.stdout + done.stderr
-
-
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_emulated_under_sanitizers(sanitizer):
-    code, output = sanitized(sanitizer)
+    code, output = sanitized("sanitized_attention", sanitizer, flags=ONE_KERNEL)
     assert code == 0 and "done" in output and "Sanitizer" not in output, output[-4000:]
 
 
-# Faults put into the kernels: text, replacement. Each must fail a test above.
-MUTANTS = {
-    "queries_of_the_wrong_half": (
-        "t.address(row + lane % 16, k / 8 + lane / 16)",
-        "t.address(row + lane % 16, k / 8 + lane / 8 % 2)",
-    ),
-    "values_not_transposed": ("ptx::load_matrices_transposed(r, t", "ptx::load_matrices(r, t"),
-    "keys_of_the_wrong_half": (
-        "n + lane / 16 * 8 + lane % 8, k / 8 + lane / 8 % 2",
-        "n + lane / 8 % 2 * 8 + lane % 8, k / 8 + lane / 16",
-    ),
-    "tail_not_masked": ("key >= n_k || ", ""),
-    "causal_off_by_one": ("key >= n_k || (p.causal && key >", "key >= n_k || (p.causal && key >="),
-    "maximum_of_half_a_row": ("top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));", ""),
-    "outputs_not_rescaled": ("out[r][n][half * 2 + 1] *= keep;", ""),
-    "copy_waited_for_too_late": (
-        "ptx::copy_wait<kStages - 2>();\n    __syncthreads();\n    load_step(step + kStages - 1);\n"
-        "    if constexpr",
-        "ptx::copy_wait<kStages - 1>();\n    __syncthreads();\n    load_step(step + kStages - 1);\n"
-        "    if constexpr",
-    ),
-    "delta_forgotten": ("(dp[n][i] - statistics.delta)", "dp[n][i]"),
-    "gradient_of_the_wrong_operand": (
-        "multiply_columns<false>(dk, dp, queries(stage)",
-        "multiply_columns<false>(dk, dp, grads(stage)",
-    ),
-    "bias_gradient_of_one_chunk": ("copy < p.copies", "copy < 1"),
-}  # fmt: skip
+def catch(csrc):
+    """Raises AssertionError if the kernels in ``csrc`` are broken."""
+    broken = load(emulated("flash_attention", csrc=csrc, flags=("-shared", *ONE_KERNEL)), Call)
+    for name in ("bf16_ragged", "causal", "bias_shared_by_batch"):
+        arguments, making, options = CASES[name]
+        check(broken, make(*arguments, **making), **options)
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
+def catch_silent(csrc):
+    return finding("sanitized_attention", csrc, ONE_KERNEL)
+
+
+@pytest.mark.parametrize("mutant", of("flash_attention"), ids=lambda m: m.name)
 def test_emulated_mutants_are_caught(mutant, tmp_path):
-    csrc = mutated(tmp_path, *MUTANTS[mutant])
-    broken = load(emulated("flash_attention", csrc=csrc, flags=("-shared", *ONE_KERNEL)))
+    csrc = mutated(tmp_path, mutant.old, mutant.new)
     with pytest.raises(AssertionError):
-        for name in ("bf16_ragged", "causal", "bias_shared_by_batch"):
-            arguments, making, options = CASES[name]
-            check(broken, make(*arguments, **making), **options)
+        catch(csrc)
 
 
-# Faults that need not change a number: sanitizer, what it says, text, replacement.
-SILENT_MUTANTS = {
-    "missing_barrier": (
-        "thread", "data race",
-        "    __syncthreads();\n    load_step(step + kStages - 1);\n    if constexpr",
-        "    load_step(step + kStages - 1);\n    if constexpr",
-    ),
-    "rows_read_behind_the_end": (
-        "address", "heap-buffer-overflow", "first + row < n && chunk *", "chunk *"
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("mutant", SILENT_MUTANTS)
-def test_emulated_silent_mutants_are_caught(mutant, tmp_path):
-    sanitizer, finding, old, new = SILENT_MUTANTS[mutant]
-    code, output = sanitized(sanitizer, csrc=mutated(tmp_path, old, new))
+@pytest.mark.parametrize(
+    ("sanitizer", "finding", "mutant"), SILENT, ids=[m.name for *_, m in SILENT]
+)
+def test_emulated_silent_mutants_are_caught(sanitizer, finding, mutant, tmp_path):
+    csrc = mutated(tmp_path, mutant.old, mutant.new)
+    code, output = sanitized("sanitized_attention", sanitizer, csrc=csrc, flags=ONE_KERNEL)
     assert code != 0 and finding in output, output[-2000:]

@@ -11,6 +11,7 @@ import ctypes
 import pytest
 import torch
 from emulation import emulated, mutated
+from mutants import of
 from numerics import DTYPES, assert_parity, double, eager_group_norm, gradients
 
 from vitkit.ops.group_norm_silu import reference
@@ -169,41 +170,17 @@ def test_emulated_thread_order_changes_nothing(library, shape, groups, parts, ca
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-# (what is broken, text in the kernel sources, its replacement)
-MUTANTS = {
-    "missing_barrier_before_reading_sums": (
-        "  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = v;\n  __syncthreads();",
-        "  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = v;",
-    ),
-    "barrier_in_half_a_block": (
-        "  v = warp_sum(v);\n  __syncthreads();",
-        "  v = warp_sum(v);\n  if (threadIdx.x < 128) __syncthreads();",
-    ),
-    "shuffle_by_half_a_warp": (
-        "    v += __shfl_xor_sync(0xffffffffu, v, offset);",
-        "    if (threadIdx.x % 2) v += __shfl_xor_sync(0xffffffffu, v, offset);",
-    ),
-    "wrong_channel_of_a_column": ("kColumns ? (i + k) % p.channels", "kColumns ? i % p.channels"),
-    "merge_forgets_the_cross_term": (
-        "m2 += other.m2 + delta * delta * count * share;",
-        "m2 += other.m2;",
-    ),
-    "statistics_without_add": ("in[0] + p.add.at(n, c, 0.f)", "in[0]"),
-}
-
-
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_emulated_mutants_are_caught(mutant, tmp_path):
-    """Each of these faults, put into the kernel, must fail a test above."""
-    csrc = mutated(tmp_path, *MUTANTS[mutant])
+def catch(csrc):
+    """Raises AssertionError if the kernels in ``csrc`` are broken."""
     broken = load(emulated("group_norm_silu", csrc=csrc, flags=("-shared",)))
+    for case in CASES.values():
+        test_emulated_forward(broken, torch.float32, *case, True)
+        test_emulated_backward(broken, torch.float32, *case)
+        test_emulated_thread_order_changes_nothing(broken, *case)
+
+
+@pytest.mark.parametrize("mutant", of("group_norm_silu"), ids=lambda m: m.name)
+def test_emulated_mutants_are_caught(mutant, tmp_path):
+    csrc = mutated(tmp_path, mutant.old, mutant.new)
     with pytest.raises(AssertionError):
-        for case in CASES.values():
-            shape, groups, parts, cached, columns = case
-            test_emulated_forward(
-                broken, torch.float32, shape, groups, parts, cached, columns, True
-            )
-            test_emulated_backward(broken, torch.float32, shape, groups, parts, cached, columns)
-            test_emulated_thread_order_changes_nothing(
-                broken, shape, groups, parts, cached, columns
-            )
+        catch(csrc)

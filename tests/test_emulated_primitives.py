@@ -5,8 +5,11 @@ Emulated, not yet confirmed on hardware: a misreading of the manual would pass h
 
 from __future__ import annotations
 
+import copy
 import ctypes
+import json
 
+import conformance
 import pytest
 import torch
 from emulation import emulated
@@ -14,13 +17,17 @@ from emulation import emulated
 SEEDS = (1, 2, 3)
 
 
-@pytest.fixture(scope="module")
-def primitives():
-    library = ctypes.CDLL(str(emulated("primitives", flags=("-shared",))))
+def load(path):
+    library = ctypes.CDLL(str(path))
     for name in ("load_matrices", "multiply", "shuffle", "copies", "misuse"):
         getattr(library, name).restype = ctypes.c_char_p
     library.swizzle.restype = ctypes.c_bool
     return library
+
+
+@pytest.fixture(scope="module")
+def primitives():
+    return load(emulated("primitives", flags=("-shared",)))
 
 
 def call(function, *args, seed=1):
@@ -114,7 +121,10 @@ def test_emulated_copies_arrive_when_waited_for(primitives):
         assert torch.equal(both, want)
 
 
-@pytest.mark.parametrize("chunks", [4, 6, 8, 10, 12, 16, 24, 32, 64])
+CHUNKS = (4, 6, 8, 10, 12, 16, 24, 32, 64)
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
 def test_emulated_swizzle(primitives, chunks):
     """A permutation within each row; the eight rows of a matrix at one chunk lie in eight banks
     (of 16 bytes). Float32: four rows at two chunks do, and so do rows two apart where a row is a
@@ -159,3 +169,50 @@ def test_emulated_misuse_is_named(primitives, which, message):
     for seed in SEEDS:
         with pytest.raises(AssertionError, match=message):
             call(primitives.misuse, which, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def emulated_outputs():
+    return conformance.output(emulated("conformance"))
+
+
+def test_emulated_conformance_program(emulated_outputs):
+    """Everything is written, whatever the order of threads, and a wrong bit is found."""
+    for seed in SEEDS:
+        again = conformance.output(emulated("conformance"), str(seed))
+        assert conformance.differences(emulated_outputs, again) == []
+    for name, result in emulated_outputs["primitives"].items():
+        assert "deadbeef" not in result["words"], name
+        words = result["words"]
+        # The last bit; with a tolerance, the sign of a number of at least 1/2.
+        i = len(words) - 1
+        if result["tolerance"]:
+            i = next(i for i in range(0, len(words), 8) if words[i : i + 2] in ("3f", "40", "bf"))
+        for bit in (8,) if result["tolerance"] else (1, 2):
+            flipped = words[:i] + f"{int(words[i], 16) ^ bit:x}" + words[i + 1 :]
+            wrong = copy.deepcopy(emulated_outputs)
+            wrong["primitives"][name]["words"] = flipped
+            (line,) = conformance.differences(emulated_outputs, wrong)
+            assert line.startswith(f"{name}: 1 of ")
+
+
+def test_conformance_program_compiles_for_a_gpu():
+    try:
+        assert conformance.built("80").exists()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+def test_emulator_reproduces_hardware(emulated_outputs):
+    if not conformance.GOLDEN.exists():
+        pytest.skip("emulated, not yet confirmed on hardware: `make gpu` writes golden.json")
+    golden = json.loads(conformance.GOLDEN.read_text())
+    assert golden["hardware"] != emulated_outputs["hardware"]
+    assert conformance.differences(golden, emulated_outputs) == []
+
+
+def catch(csrc):
+    """Raises AssertionError if the vocabulary in ``csrc`` is broken."""
+    broken = load(emulated("primitives", csrc=csrc, flags=("-shared",)))
+    for chunks in CHUNKS:
+        test_emulated_swizzle(broken, chunks)

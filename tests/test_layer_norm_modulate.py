@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numerics import DTYPES, assert_parity, double, eager_layer_norm, gradients
 
 import vitkit
-from vitkit.ops.layer_norm_modulate import MAX_TRITON_WIDTH, reference
+from vitkit.ops.layer_norm_modulate import MAX_GPU_WIDTH, reference
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 NAMES = ("x", "shift", "scale", "weight", "bias")
@@ -290,6 +290,7 @@ def test_reasons(device):
     assert vitkit.explain("layer_norm_modulate", x).backend == "reference"
     with pytest.raises(ValueError, match="take float32, bfloat16 and float16, got float64"):
         vitkit.layer_norm_modulate(x, backend=device)
-    wide = torch.zeros(1, MAX_TRITON_WIDTH + 1, device=device)
-    reason = vitkit.explain("layer_norm_modulate", wide).reasons["triton"]
-    assert "rows of up to 8192, got 8193" in reason
+    wide = torch.zeros(1, MAX_GPU_WIDTH + 1, device=device)
+    reasons = vitkit.explain("layer_norm_modulate", wide).reasons
+    for name in ("cuda", "triton"):
+        assert "rows of up to 8192, got 8193" in reasons[name]

@@ -592,3 +592,14 @@ def test_explain_names_the_operator(device):
     found = vitkit.explain("flash_attention", q, q, q, bias=DecomposedBias(rel, rel))
     assert found.backend == "reference"
     assert "multiple of 8 up to 256, got 12" in found.reasons[device]
+
+
+def test_what_only_the_cuda_kernels_refuse():
+    def reason(dtype, head_dim):
+        q = torch.zeros(1, 4, 1, head_dim, dtype=dtype)
+        bias = vitkit.DecomposedBias(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2))
+        return vitkit.explain("flash_attention", q, q, q, bias=bias).reasons["cuda"]
+
+    assert "up to 128 with this bias in float32, got 136" in reason(torch.float32, 136)
+    for allowed in ((torch.float32, 128), (torch.float16, 256)):
+        assert "head dim" not in reason(*allowed)

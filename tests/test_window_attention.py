@@ -7,10 +7,9 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import DTYPES, assert_parity, double, gradients
+from numerics import DTYPES, assert_parity, double, eager_window_attention, gradients
 
 import vitkit
 from vitkit.ops.window_attention import reference
@@ -48,58 +47,6 @@ def make(device, dtype, height=14, width=14, window=(7, 7), batch=2, heads=2, he
         randn(heads) * 0.3 + log_gain if cosine else None,
         randn(3, heads, head_dim) if pad else None,
     ]
-
-
-def eager_window_attention(qkv, table, logit_scale, pad, window, shift, scale, padding):
-    """As the hosts compute it, op by op in the dtype of qkv: pad, roll, partition, mask."""
-    b, h, w, _, heads, d = qkv.shape
-    (wh, ww), (sh, sw) = window, shift
-    hp, wp = math.ceil(h / wh) * wh, math.ceil(w / ww) * ww
-    x = qkv.flatten(3)
-    fill = torch.zeros_like(x[:1, :1, :1]) if pad is None else pad.flatten().view(1, 1, 1, -1)
-
-    def padded(x):
-        outside = torch.ones(hp, wp, 1, dtype=torch.bool, device=x.device)
-        outside[:h, :w] = False
-        return torch.where(outside, fill.to(x.dtype), F.pad(x, (0, 0, 0, wp - w, 0, hp - h)))
-
-    def partition(x):
-        x = x.view(x.shape[0], hp // wh, wh, wp // ww, ww, -1)
-        return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, wh * ww, x.shape[-1])
-
-    if padding == "roll_then_pad":
-        x = padded(x.roll((-sh, -sw), (1, 2)))
-    else:
-        x = padded(x).roll((-sh, -sw), (1, 2))
-    q, k, v = partition(x).view(-1, wh * ww, 3, heads, d).permute(2, 0, 3, 1, 4)
-    if logit_scale is None:
-        scores = (q * scale) @ k.transpose(-1, -2)
-    else:
-        gain = logit_scale.clamp(max=math.log(100.0)).exp().to(q.dtype)
-        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-1, -2)
-        scores = scores * gain[:, None, None]
-    if table is not None:
-        y, x = torch.meshgrid(torch.arange(wh), torch.arange(ww), indexing="ij")
-        y, x = y.flatten(), x.flatten()
-        index = (y[:, None] - y + wh - 1) * (2 * ww - 1) + x[:, None] - x + ww - 1
-        scores = scores + table.to(q.dtype)[index.to(q.device)].permute(2, 0, 1)
-    region = torch.zeros(1, hp, wp, 1, device=q.device)
-    bands = [
-        [slice(0, n - size), slice(n - size, n - s), slice(n - s, n)] if s else [slice(None)]
-        for n, size, s in ((hp, wh, sh), (wp, ww, sw))
-    ]
-    for i, rows in enumerate(bands[0]):
-        for j, columns in enumerate(bands[1]):
-            region[:, rows, columns] = 3 * i + j
-    region = partition(region)[..., 0]
-    mask = -100.0 * (region[:, :, None] != region[:, None, :]).to(q.dtype)
-    scores = (scores.view(b, -1, heads, wh * ww, wh * ww) + mask[:, None]).flatten(0, 1)
-    out = (scores.softmax(-1) @ v).transpose(1, 2).reshape(-1, wh, ww, heads * d)
-    out = out.view(b, hp // wh, wp // ww, wh, ww, -1).permute(0, 1, 3, 2, 4, 5)
-    out = out.reshape(b, hp, wp, heads * d)
-    if padding == "roll_then_pad":
-        return out[:, :h, :w].roll((sh, sw), (1, 2))
-    return out.roll((sh, sw), (1, 2))[:, :h, :w]
 
 
 def check(
@@ -353,3 +300,16 @@ def test_bad_input(device, backend, change, message):
     with pytest.raises((TypeError, ValueError), match=message) as error:
         vitkit.window_attention(**call, backend=backend)
     assert str(error.value).startswith("window_attention: ")
+
+
+def test_what_only_the_cuda_kernels_refuse():
+    def reasons(dtype, head_dim, logit_scale=None):
+        qkv = torch.zeros(1, 2, 2, 3, 1, head_dim, dtype=dtype)
+        call = vitkit.explain("window_attention", qkv, window_size=2, logit_scale=logit_scale)
+        return call.reasons["cuda"]
+
+    gain = torch.zeros(1)
+    assert "head dims of up to 128, got 136" in reasons(torch.bfloat16, 136)
+    assert "up to 64 with logit_scale, got 72" in reasons(torch.float32, 72, gain)
+    for allowed in ((torch.float32, 128), (torch.float16, 64, gain)):
+        assert "head dim" not in reasons(*allowed)

@@ -88,6 +88,13 @@ def _gpu_error() -> str | None:
     )
 
 
+def kernel_attributes() -> list[dict[str, Any]]:
+    """What the compiler made of the CUDA kernels of this build; empty without them."""
+    if importlib.util.find_spec("vitkit._runtime") is None:
+        return []
+    return importlib.import_module("vitkit._runtime").kernel_attributes()
+
+
 def arch_runs_on(arch: str, capability: tuple[int, int]) -> bool:
     """Whether code for ``arch`` ("sm_80", "sm_90a") runs on a GPU: one of the same major version
     that is no older, and the very same one where the name ends in a letter."""

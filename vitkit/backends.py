@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vitkit import _library
@@ -77,6 +77,8 @@ class Explanation:
     op: str
     backend: str
     reasons: dict[str, str | None]
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+    """Of backend ``cuda``, as they were compiled: one entry per kernel and architecture."""
 
     def __str__(self) -> str:
         width = max(len(name) for name in self.reasons)
@@ -90,7 +92,32 @@ class Explanation:
                 else f"cannot: {reason}"
             )
             lines.append(f"  {name:<{width}}  {state}")
+        if self.kernels:
+            lines.append("CUDA kernels of this build:")
+            lines += [f"  {describe(kernel)}" for kernel in self.kernels]
         return "\n".join(lines)
+
+
+def describe(kernel: dict[str, Any]) -> str:
+    """A line about an entry of :func:`kernels_of`."""
+    low, high = kernel["registers"]
+    registers = f"{low}" if low == high else f"{low} to {high}"
+    spilled = f"{kernel['spilled_bytes']} bytes spilled" if kernel["spilled_bytes"] else "no spills"
+    return (
+        f"{kernel['kernel']} x {kernel['instantiations']}, {kernel['arch']}: {registers} registers,"
+        f" {spilled}"
+    )
+
+
+def kernels_of(op: str) -> list[dict[str, Any]]:
+    """What the compiler made of the CUDA kernels of ``op``; empty without them. Sources are named
+    after their op, and may say more after its name."""
+
+    def owner(source: str) -> str:
+        names = [n for n in OPS if source == n or source.startswith(f"{n}_")]
+        return max(names, key=len, default="")
+
+    return [k for k in _library.kernel_attributes() if owner(k["source"]) == op]
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
@@ -113,4 +140,4 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     backend = bound.arguments.pop("backend")
     device_type, why_not = entry.check(**bound.arguments)
     chosen = select(op, backend, device_type, why_not)
-    return Explanation(op, chosen, {name: why_not(name) for name in BACKENDS})
+    return Explanation(op, chosen, {name: why_not(name) for name in BACKENDS}, kernels_of(op))

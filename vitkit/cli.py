@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -57,6 +57,20 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="plain JSON")] = F
         for device, states in devices.items():
             for backend, state in states.items():
                 table.add_row(op, device, backend, state)
+    console.print(table)
+    if facts["cuda_kernels"]:
+        _print_kernels(facts["cuda_kernels"])
+
+
+def _print_kernels(of_op: dict[str, list[dict[str, Any]]]) -> None:
+    """What the compiler made of the CUDA kernels."""
+    table = Table("op", "CUDA kernel", "built", "for", "registers", "spilled", "shared")
+    for op, kernels in of_op.items():
+        for k in kernels:
+            registers = "-".join(str(n) for n in sorted(set(k["registers"])))
+            numbers = (str(k[n]) for n in ("spilled_bytes", "shared_bytes"))
+            count = str(k["instantiations"])
+            table.add_row(op, k["kernel"], count, k["arch"], registers, *numbers)
     console.print(table)
 
 

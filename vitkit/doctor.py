@@ -81,6 +81,9 @@ def info() -> dict[str, Any]:
             }
             for op in sorted(backends.OPS)
         },
+        "cuda_kernels": {
+            op: kernels for op in sorted(backends.OPS) if (kernels := backends.kernels_of(op))
+        },
     }
 
 

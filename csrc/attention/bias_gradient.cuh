@@ -4,7 +4,10 @@
 // partial sums, which the caller adds.
 #pragma once
 
+#include <algorithm>
+
 #include "backward.cuh"
+#include "partial_sums.cuh"
 
 namespace vitkit::attention {
 
@@ -21,9 +24,9 @@ struct Extent {
   }
 };
 
-template <typename Map>
+template <typename Map, typename Term>
 struct BiasGradientParams {
-  BackwardParams<Map, DenseTerm> backward;
+  BackwardParams<Map, Term> backward;
   float* sums;  // [chunks or chunks * warps, batches, heads, Nq or 1, Nk or 1]: what the bias has
   int batches, heads, queries, keys;  // of the bias
   int chunks;
@@ -31,9 +34,9 @@ struct BiasGradientParams {
 };
 
 // Two blocks: the compiler would spill to have three.
-template <typename T, int kHeadDim, typename Map>
+template <typename T, int kHeadDim, typename Map, typename Term>
 __global__ void __launch_bounds__(128, 2)
-    attention_dbias_kernel(const __grid_constant__ BiasGradientParams<Map> p) {
+    attention_dbias_kernel(const __grid_constant__ BiasGradientParams<Map, Term> p) {
   using M = Mma<T>;
   using Shared = SharedTile<T, kHeadDim>;
   constexpr Tile kTile = kBiasTile<T, kHeadDim>;
@@ -50,26 +53,21 @@ __global__ void __launch_bounds__(128, 2)
   for (int64_t i = all * chunk / p.chunks; i < all * (chunk + 1) / p.chunks; ++i) {
     const Extent other = p.shared.part(i);
     // One of the two is 0: a dimension is the bias's own or shared.
-    const Span span{own.batch + other.batch,
-                    own.head + other.head,
-                    (own.query + other.query) * kRows,
-                    b.map.n_q,
-                    b.map.n_k,
-                    0,
-                    0};
+    const auto span = b.map.tile(own.batch + other.batch, own.head + other.head,
+                                 (own.query + other.query) * kRows);
     const int first_key = (own.key + other.key) * kKeys;
     const auto query_token = [&](int t) { return b.map.query(span, t); };
     const auto key_token = [&](int t) { return b.map.key(span, t); };
     if (b.causal && first_key > span.first + kRows - 1) continue;
     __syncthreads();  // readers of the previous tiles are done
-    load_rows(q, b.q.template plane<const T>(span), b.q.token, span.first, kRows, span.n_q,
-              b.head_dim, query_token);
-    load_rows(grad, b.grad.template plane<const T>(span), b.grad.token, span.first, kRows, span.n_q,
-              b.head_dim, query_token);
-    load_rows(k, b.k.template plane<const T>(span), b.k.token, first_key, kKeys, span.n_k,
-              b.head_dim, key_token);
-    load_rows(v, b.v.template plane<const T>(span), b.v.token, first_key, kKeys, span.n_k,
-              b.head_dim, key_token);
+    load_rows(q, queries_of<T>(b.map, b.q, span), span.first, kRows, span.n_q, b.head_dim,
+              query_token);
+    load_rows(grad, queries_of<T>(b.map, b.grad, span), span.first, kRows, span.n_q, b.head_dim,
+              query_token);
+    load_rows(k, keys_of<T>(b.map, b.k, span, 1), first_key, kKeys, span.n_k, b.head_dim,
+              key_token);
+    load_rows(v, keys_of<T>(b.map, b.v, span, 2), first_key, kKeys, span.n_k, b.head_dim,
+              key_token);
     ptx::copy_commit();
     ptx::copy_wait<0>();
     __syncthreads();
@@ -78,12 +76,16 @@ __global__ void __launch_bounds__(128, 2)
     Statistics of_row[2];
     of_row[0].load(b, span, row);
     of_row[1].load(b, span, row + 8);
+    RowScale<Term::kCosine> scale{scale_of(b, span)};
+    scale.load(q, warp * 16);
+    ColumnScale<Term::kCosine, kTiles> of_column;
+    of_column.load(k);
     float s[1][kTiles][4] = {}, ds[1][kTiles][4] = {};
     multiply_rows<false>(
         s, [&](int, int d) { return M::load_a(q, warp * 16, d * M::kDepth); }, k, valid);
     multiply_rows<false>(
         ds, [&](int, int d) { return M::load_a(grad, warp * 16, d * M::kDepth); }, v, valid);
-    score_gradients<false>(s[0], ds[0], b, span, row, first_key + pair,
+    score_gradients<false>(s[0], ds[0], b, span, scale, of_column, row, first_key + pair,
                            [&](int, int e) { return of_row[e / 2]; });
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
@@ -132,62 +134,35 @@ __global__ void __launch_bounds__(128, 2)
     }
 }
 
-struct BiasSumParams {
-  const float* sums;  // [copies, count]
-  void* out;          // [count]
-  Element element;
-  int64_t count;
-  int copies;
-};
-
-static __global__ void __launch_bounds__(128)
-    attention_dbias_sum_kernel(const __grid_constant__ BiasSumParams p) {
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= p.count) return;
-  float total = 0.f;
-  for (int copy = 0; copy < p.copies; ++copy) total += p.sums[copy * p.count + i];
-  if (p.element == Element::bf16) {
-    from_float(total, static_cast<__nv_bfloat16*>(p.out) + i);
-  } else if (p.element == Element::f16) {
-    from_float(total, static_cast<__half*>(p.out) + i);
-  } else {
-    static_cast<float*>(p.out)[i] = total;
-  }
-}
-
-inline const char* launch_bias_sum(const BiasSumParams& p, Stream stream) {
-  const int64_t blocks = (p.count + 127) / 128;
-  if (blocks > 0x7fffffff) return "more than 2^31 - 1 blocks";
-  return launch_kernel(&attention_dbias_sum_kernel, unsigned(blocks), 128, 0, stream, p);
-}
-
 // How many partial sums launch_bias_gradient leaves, and how many blocks share a tile.
 struct BiasGradientPlan {
   int copies, chunks;
   Extent own, shared;
 };
 
+// Of a bias for `scores` that has sizes of 1 where they share it. Extents are numbers of queries
+// and keys here, not of tiles.
 template <typename T, int kHeadDim>
-BiasGradientPlan plan_bias_gradient(const SequenceMap& map, int batches, int heads, int queries,
-                                    int keys) {
+BiasGradientPlan plan_bias_gradient(const Extent& scores, const Extent& bias) {
   constexpr Tile kTile = kBiasTile<T, kHeadDim>;
   constexpr int kRows = kTile.warps * 16;
   // Enough for any GPU of today; a constant, so that results do not depend on which it is.
   constexpr int64_t kBlocks = 512;
-  const int query_tiles = (map.n_q + kRows - 1) / kRows;
-  const int key_tiles = (map.n_k + kTile.others - 1) / kTile.others;
+  const int query_tiles = (scores.query + kRows - 1) / kRows;
+  const int key_tiles = (scores.key + kTile.others - 1) / kTile.others;
+  const bool sum_queries = bias.query == 1, sum_keys = bias.key == 1;
   BiasGradientPlan plan;
-  plan.own = {batches, heads, queries == 1 ? 1 : query_tiles, keys == 1 ? 1 : key_tiles};
-  plan.shared = {map.batch / batches, map.heads / heads, queries == 1 ? query_tiles : 1,
-                 keys == 1 ? key_tiles : 1};
+  plan.own = {bias.batch, bias.head, sum_queries ? 1 : query_tiles, sum_keys ? 1 : key_tiles};
+  plan.shared = {scores.batch / bias.batch, scores.head / bias.head, sum_queries ? query_tiles : 1,
+                 sum_keys ? key_tiles : 1};
   plan.chunks = int(
       std::clamp<int64_t>(kBlocks / plan.own.size(), 1, std::min<int64_t>(plan.shared.size(), 32)));
-  plan.copies = plan.chunks * (queries == 1 ? kTile.warps : 1);
+  plan.copies = plan.chunks * (sum_queries ? kTile.warps : 1);
   return plan;
 }
 
-template <typename T, int kHeadDim, typename Map>
-const char* launch_bias_gradient(BiasGradientParams<Map> p, const BiasGradientPlan& plan,
+template <typename T, int kHeadDim, typename Map, typename Term>
+const char* launch_bias_gradient(BiasGradientParams<Map, Term> p, const BiasGradientPlan& plan,
                                  Stream stream) {
   constexpr Tile kTile = kBiasTile<T, kHeadDim>;
   p.own = plan.own;
@@ -196,7 +171,7 @@ const char* launch_bias_gradient(BiasGradientParams<Map> p, const BiasGradientPl
   const int64_t blocks = plan.own.size() * plan.chunks;
   if (blocks > 0x7fffffff) return "more than 2^31 - 1 blocks";
   const int shared = SharedTile<T, kHeadDim>::bytes(2 * kTile.warps * 16 + 2 * kTile.others);
-  return launch_kernel(&attention_dbias_kernel<T, kHeadDim, Map>, unsigned(blocks),
+  return launch_kernel(&attention_dbias_kernel<T, kHeadDim, Map, Term>, unsigned(blocks),
                        kTile.warps * kWarp, shared, stream, p);
 }
 

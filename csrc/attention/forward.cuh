@@ -2,31 +2,27 @@
 // outputs in registers; keys and values come by asynchronous copies, a stage ahead.
 #pragma once
 
-#include <algorithm>
-
+#include "cosine.cuh"
 #include "launch_kernel.cuh"
 #include "mainloop.cuh"
 #include "tiles.h"
 
 namespace vitkit::attention {
 
-template <typename Map, typename Term>
-struct ForwardParams {
+struct ForwardTensors {
   Rows q, k, v, out;
-  float* lse;  // [batch, head, token]
+  float* lse;  // [batch, head, statistic]
   int64_t lse_batch, lse_head;
   int head_dim;
   bool causal;
-  float scale;  // times log2(e); above 0 without a term
+  float scale;  // times log2(e)
+};
+
+template <typename Map, typename Term>
+struct ForwardParams : ForwardTensors {
   Map map;
   Term term;
 };
-
-template <typename Map>
-ForwardParams<Map, NoTerm> without_term(const ForwardParams<Map, DenseTerm>& p) {
-  return {p.q,        p.k,        p.v,      p.out,   p.lse, p.lse_batch,
-          p.lse_head, p.head_dim, p.causal, p.scale, p.map, NoTerm{}};
-}
 
 // Maximum and sum of exp2 of the scores of a lane's rows.
 template <int kRowTiles>
@@ -38,6 +34,13 @@ struct OnlineSoftmax {
     for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
       for (int half = 0; half < 2; ++half) peak[r][half] = -INFINITY, total[r][half] = 0.f;
+  }
+
+  // A row begins with `zeros` scores of 0. Sums are those of a quad of lanes.
+  __device__ __forceinline__ void begin(int r, int half, int zeros) {
+    if (zeros <= 0) return;
+    peak[r][half] = 0.f;
+    total[r][half] = lane_id() % 4 == 0 ? float(zeros) : 0.f;
   }
 
   // Turns scores into weights, and scales what was accumulated under another maximum.
@@ -104,7 +107,7 @@ __global__ void __launch_bounds__(128, 2)
   VITKIT_DYNAMIC_SHARED(memory);
 
   const int rows = int(blockDim.x) / kWarp * 16 * kRowTiles;
-  const Span span = p.map.span(blockIdx.x, rows, false);
+  const auto span = p.map.span(blockIdx.x, rows, false);
   if (span.first >= span.n_q) return;
   const Shared q{memory};
   const auto keys = [&](int stage) {
@@ -115,20 +118,19 @@ __global__ void __launch_bounds__(128, 2)
   };
   const auto query_token = [&](int i) { return p.map.query(span, i); };
   const auto key_token = [&](int i) { return p.map.key(span, i); };
-  const T* const k_plane = p.k.template plane<const T>(span);
-  const T* const v_plane = p.v.template plane<const T>(span);
+  const auto k_source = keys_of<T>(p.map, p.k, span, 1), v_source = keys_of<T>(p.map, p.v, span, 2);
   const int n_k = p.causal ? min(span.n_k, span.first + rows) : span.n_k;
   const int steps = (n_k + kKeys - 1) / kKeys;
   const auto load_step = [&](int step) {
     if (step < steps) {
       const int first = step * kKeys, stage = step % kStages;
-      load_rows(keys(stage), k_plane, p.k.token, first, kKeys, n_k, p.head_dim, key_token);
-      load_rows(values(stage), v_plane, p.v.token, first, kKeys, n_k, p.head_dim, key_token);
+      load_rows(keys(stage), k_source, first, kKeys, n_k, p.head_dim, key_token);
+      load_rows(values(stage), v_source, first, kKeys, n_k, p.head_dim, key_token);
     }
     ptx::copy_commit();
   };
 
-  load_rows(q, p.q.template plane<const T>(span), p.q.token, span.first, rows, span.n_q, p.head_dim,
+  load_rows(q, queries_of<T>(p.map, p.q, span), span.first, rows, p.map.held(span), p.head_dim,
             query_token);
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) load_step(step);
@@ -138,7 +140,9 @@ __global__ void __launch_bounds__(128, 2)
   const int row = first_row + lane_id() / 4, pair = lane_id() % 4 * 2;
   // Keys that any row of this warp attends.
   const int end = first_row >= span.n_q ? 0 : p.causal ? min(n_k, first_row + 16 * kRowTiles) : n_k;
-  const float factor = Term::kActive ? 1.f : p.scale;
+  // A positive scale can wait for the exponent.
+  const bool fold = !Term::kActive && p.scale > 0.f;
+  const float factor = fold ? p.scale : 1.f;
   typename M::A held[kHold ? kSteps : 1][kRowTiles];
   const auto load_query = [&](int r, int k) {
     if constexpr (kHold) {
@@ -149,18 +153,30 @@ __global__ void __launch_bounds__(128, 2)
   };
   float out[kRowTiles][kOut][4] = {};
   OnlineSoftmax<kRowTiles> softmax;
+  if constexpr (Map::kZeros) {
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        softmax.begin(r, half, p.map.zeros(span, row + r * 16 + half * 8, p.causal));
+  }
+  RowScale<Term::kCosine> scale[kRowTiles];
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) scale[r].all = scale_of(p, span);
 
   for (int step = 0; step < steps; ++step) {
     ptx::copy_wait<kStages - 2>();
     __syncthreads();
     load_step(step + kStages - 1);
-    if constexpr (kHold) {
-      if (step == 0)
+    if (step == 0) {
 #pragma unroll
-        for (int k = 0; k < kSteps; ++k)
+      for (int r = 0; r < kRowTiles; ++r) {
+        if constexpr (kHold)
 #pragma unroll
-          for (int r = 0; r < kRowTiles; ++r)
+          for (int k = 0; k < kSteps; ++k)
             held[k][r] = M::load_a(q, warp_row + r * 16, k * M::kDepth);
+        scale[r].load(q, warp_row + r * 16);
+      }
     }
     const int first = step * kKeys, valid = min(end - first, kKeys), stage = step % kStages;
     if (valid <= 0) continue;
@@ -171,14 +187,17 @@ __global__ void __launch_bounds__(128, 2)
     } else {
       multiply_rows<false>(s, load_query, keys(stage), valid);
     }
-    if constexpr (Term::kActive) {
+    if (!fold) {
+      ColumnScale<Term::kCosine, kTiles> of_column;
+      of_column.load(keys(stage));
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) s[r][n][i] *= p.scale;
-        p.term.template add<false>(s[r], span, row + r * 16, first + pair);
+          for (int i = 0; i < 4; ++i) s[r][n][i] *= scale[r].of(i / 2) * of_column.of(n, i);
+        if constexpr (Term::kActive)
+          p.term.template add<false>(s[r], span, row + r * 16, first + pair);
       }
     }
     if (!whole || (p.causal && first + kKeys - 1 > first_row)) {
@@ -208,11 +227,12 @@ __global__ void __launch_bounds__(128, 2)
     for (int half = 0; half < 2; ++half) {
       const float lse = softmax.finish(out, r, half, factor);
       const int query = row + r * 16 + half * 8;
-      if (query < span.n_q && pair == 0)
-        p.lse[span.batch * p.lse_batch + span.head * p.lse_head + query_token(query)] = lse;
+      if (query >= span.n_q || pair != 0) continue;
+      if (const int64_t at = p.map.statistic(span, query); at >= 0)
+        p.lse[span.batch * p.lse_batch + span.head * p.lse_head + at] = lse;
     }
   store_rows(out, q, warp_row, p.out.template plane<T>(span), p.out.token, first_row, span.n_q, 0,
-             p.head_dim, query_token);
+             p.head_dim, [&](int i) { return p.map.result(span, i); });
 }
 
 // Null, or the error of the launch. `rows`: queries of the longest sequence, as far as is known.
@@ -221,7 +241,7 @@ const char* launch_forward(const ForwardParams<Map, Term>& p, int rows, Stream s
   constexpr Tile kTile = kForwardTile<T, kHeadDim>;
   static_assert(kTile.stages >= 2 && kTile.warps * kWarp <= 128);
   const int of_warp = 16 * kTile.row_tiles;
-  const int warps = std::clamp((rows + of_warp - 1) / of_warp, 1, kTile.warps);
+  const int warps = warps_for(rows, of_warp, kTile.warps);
   const int64_t blocks = p.map.blocks(warps * of_warp, false);
   if (blocks > 0x7fffffff) return "more than 2^31 - 1 blocks";
   const int shared =

@@ -1,8 +1,12 @@
 // Score terms: what is added to a score before the softmax, in units of log2.
 //
-// A term has kActive, and add(), which takes the accumulators of a warp's tile. Element i of
-// accumulator n of a lane is, by kTransposed, that of query `row` + i / 2 * 8 and key `column` + n
-// * 8 + i % 2, or of key `row` + ... and query `column` + ...
+// A term has
+//   kActive  there is one
+//   kCosine  products of rows become cosines, times gain(span) (cosine.cuh)
+//   add()    takes the accumulators of a warp's tile. Element i of accumulator n of a lane is, by
+//            kTransposed, that of query `row` + i / 2 * 8 and key `column` + n * 8 + i % 2, or of
+//            key `row` + ... and query `column` + ...
+//   Sink     where the kernel of dq, a warp for 16 queries, leaves the gradient of the term
 #pragma once
 
 #include <stdint.h>
@@ -17,8 +21,23 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 enum class Element : int { f32, bf16, f16, boolean };
 
+// For terms that have no gradient, or a kernel of their own for it.
+struct NoSink {
+  template <typename Term>
+  __device__ __forceinline__ NoSink(const Term&, const Span&, unsigned char*, int64_t, bool) {}
+  template <int kTiles>
+  __device__ __forceinline__ void add(const float (&)[kTiles][4], const Span&, int, int) {}
+  __device__ __forceinline__ void finish(const Span&) {}
+
+  template <typename Term>
+  static int shared_bytes(const Term&, int, int) {
+    return 0;
+  }
+};
+
 struct NoTerm {
-  static constexpr bool kActive = false;
+  static constexpr bool kActive = false, kCosine = false;
+  using Sink = NoSink;
 
   template <bool kTransposed, int kTiles>
   __device__ __forceinline__ void add(float (&)[kTiles][4], const Span&, int, int) const {}
@@ -35,7 +54,8 @@ __device__ __forceinline__ float log2_of_weight(E bias) {
 // A tensor that broadcasts to [B, H, Nq, Nk]: a bias, or a mask of what may be attended. Strides
 // are in elements, 0 where it broadcasts. Null data adds nothing.
 struct DenseTerm {
-  static constexpr bool kActive = true;
+  static constexpr bool kActive = true, kCosine = false;
+  using Sink = NoSink;
 
   const void* data;
   Element element;

@@ -1,9 +1,18 @@
 // Token maps: which rows a block of threads attends with, and where they lie in memory.
 //
 // A map has
-//   blocks(rows, keys)          how many tiles of `rows` queries (or keys, if `keys`) there are
-//   span(block, rows, keys)     the tile of a block
+//   blocks(rows, keys)            how many tiles of `rows` queries (or keys, if `keys`) there are
+//   span(block, rows, keys)       the tile of a block
 //   query(span, i), key(span, i)  the token that holds query or key i of a span
+//   result(span, i)               the token of out and of its gradient
+//   statistic(span, i)            where lse and delta of query i lie
+//   held(span)                    how many queries hold a token; those behind them are zeros
+// and says with
+//   kPads   that a token below 0 is a pad: as a key its row is pad(span, part), with part 1 for k
+//   and 2
+//           for v; as a query it does not exist
+//   kZeros  that query i attends zeros(span, i, causal) keys that are zeros beside those of the
+//   span kAdds   that gradients are float32, and added to what is there if `adds`
 #pragma once
 
 #include <stdint.h>
@@ -22,6 +31,9 @@ struct Span {
 
 // Whole sequences: a dense batch, or packed ones one behind the other.
 struct SequenceMap {
+  static constexpr bool kPads = false, kZeros = false, kAdds = false;
+  using Span = attention::Span;
+
   int batch, heads, n_q, n_k;  // packed: n_q and n_k of all sequences, batch 1
   int sequences;
   const int32_t* cu_seqlens_q;  // [sequences + 1], null for a dense batch
@@ -45,8 +57,16 @@ struct SequenceMap {
     return s;
   }
 
+  // The tile from `first` on of a dense sequence.
+  __device__ __forceinline__ Span tile(int64_t plane, int64_t head, int first) const {
+    return {plane, head, first, n_q, n_k, 0, 0};
+  }
+
   __device__ __forceinline__ int64_t query(const Span& s, int i) const { return s.origin_q + i; }
   __device__ __forceinline__ int64_t key(const Span& s, int i) const { return s.origin_k + i; }
+  __device__ __forceinline__ int64_t result(const Span& s, int i) const { return query(s, i); }
+  __device__ __forceinline__ int64_t statistic(const Span& s, int i) const { return query(s, i); }
+  __device__ __forceinline__ int held(const Span& s) const { return s.n_q; }
 
  private:
   static __device__ __forceinline__ int clamp(int x, int low, int high) {

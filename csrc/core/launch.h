@@ -7,11 +7,25 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "check.h"
+#include "element.cuh"
 
 // Lives in libtorch_cuda. Weak: the library must load beside a torch without CUDA, too.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 namespace vitkit {
+
+inline Element element_of(const char* op, const char* arg, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Element::f32;
+    case ScalarType::BFloat16:
+      return Element::bf16;
+    case ScalarType::Half:
+      return Element::f16;
+    default:
+      STD_TORCH_CHECK(false, op, ": ", arg, " must be float32, bfloat16 or float16");
+  }
+}
 
 class Launch {
  public:

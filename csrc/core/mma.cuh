@@ -40,6 +40,16 @@ struct Mma {
     ptx::load_matrices(a.r, t.address(row + lane % 16, k / 8 + lane / 16));
     return a;
   }
+  // A of the transposed tile: its columns are rows `k` to `k` + 15 of it.
+  template <int kColumns>
+  static __device__ __forceinline__ A load_a_columns(const SharedTile<T, kColumns>& t, int k,
+                                                     int row) {
+    const int lane = lane_id();
+    A a;
+    ptx::load_matrices_transposed(a.r,
+                                  t.address(k + lane / 16 * 8 + lane % 8, row / 8 + lane / 8 % 2));
+    return a;
+  }
   // Of the transposed tile: B's columns are rows `n` to `n` + 15 of it.
   template <int kColumns>
   static __device__ __forceinline__ B load_rows(const SharedTile<T, kColumns>& t, int n, int k) {
@@ -103,6 +113,18 @@ struct Mma<float> {
       const auto pair = Pack<float, 2>::load(t.at(row + group + half * 8, column));
       a.set(half, pair.element[0]);
       a.set(half + 2, pair.element[1]);
+    }
+    return a;
+  }
+  template <int kColumns>
+  static __device__ __forceinline__ A load_a_columns(const SharedTile<float, kColumns>& t, int k,
+                                                     int row) {
+    const int group = lane_id() / 4, column = k + lane_id() % 4 * 2;
+    A a;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      a.set(half, *t.at(column, row + group + half * 8));
+      a.set(half + 2, *t.at(column + 1, row + group + half * 8));
     }
     return a;
   }

@@ -5,10 +5,11 @@
 namespace vitkit::attention {
 
 const char* flash_forward(const FlashForward& p, Element element, int rows, Stream stream) {
-  return with_kernel(element, p.head_dim, [&](auto type, auto head_dim) {
+  return with_kernel<FlashDims>(element, p.head_dim, [&](auto type, auto head_dim) {
     using T = typename decltype(type)::type;
-    if (p.term.data || !(p.scale > 0.f)) return launch_forward<T, head_dim>(p, rows, stream);
-    return launch_forward<T, head_dim>(without_term(p), rows, stream);
+    if (p.term.data) return launch_forward<T, head_dim>(p, rows, stream);
+    return launch_forward<T, head_dim>(ForwardParams<SequenceMap, NoTerm>{p, p.map, {}}, rows,
+                                       stream);
   });
 }
 

@@ -22,19 +22,6 @@ constexpr int64_t kEnoughGroups = 256;
 constexpr int64_t kSmallGroup = 1 << 15;
 constexpr int64_t kPartElements = 1 << 14;
 
-Element element_of(const char* arg, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Element::f32;
-    case ScalarType::BFloat16:
-      return Element::bf16;
-    case ScalarType::Half:
-      return Element::f16;
-    default:
-      STD_TORCH_CHECK(false, kOp, ": ", arg, " must be float32, bfloat16 or float16");
-  }
-}
-
 SmallTensor small(const char* arg, const std::optional<Tensor>& t, const Tensor& x,
                   bool per_sample) {
   if (!t) return {nullptr, Element::f32, 0, 0};
@@ -43,7 +30,8 @@ SmallTensor small(const char* arg, const std::optional<Tensor>& t, const Tensor&
   check_rank(kOp, arg, *t, per_sample ? 2 : 1);
   if (per_sample) check_size(kOp, arg, *t, 0, x.size(0));
   check_size(kOp, arg, *t, per_sample ? 1 : 0, x.size(1));
-  return {t->const_data_ptr(), element_of(arg, *t), per_sample ? t->stride(0) : 0, t->stride(-1)};
+  return {t->const_data_ptr(), element_of(kOp, arg, *t), per_sample ? t->stride(0) : 0,
+          t->stride(-1)};
 }
 
 bool is_channels_last(const char* arg, const Tensor& x) {
@@ -108,7 +96,7 @@ void with_types(const Tensor& x, bool silu, bool packed, F&& f) {
       with_pack(std::integral_constant<int, 1>{});
     }
   };
-  switch (element_of("x", x)) {
+  switch (element_of(kOp, "x", x)) {
     case Element::f32:
       return with_element(static_cast<float*>(nullptr));
     case Element::bf16:

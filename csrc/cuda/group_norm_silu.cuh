@@ -5,14 +5,12 @@
 // merge per group in a fixed order, and an elementwise pass. No atomics anywhere.
 #pragma once
 
-#include "pack.cuh"
+#include "element.cuh"
 #include "reduce.cuh"
 
 namespace vitkit::group_norm {
 
 constexpr int kThreads = 256;
-
-enum class Element : int { f32, bf16, f16 };
 
 // [N, C] or [C] (stride_n 0), any floating dtype, any strides; data null where absent.
 struct SmallTensor {

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "build_facts.h"
+#include "kernel_attributes.h"
 
 namespace py = pybind11;
 
@@ -12,6 +13,12 @@ PYBIND11_MODULE(_runtime, m) {
       "build_facts", [] { return py::module_::import("json").attr("loads")(VITKIT_BUILD_FACTS); },
       "Compiler, nvcc, CPU instruction sets and CUDA architectures this build contains, and what "
       "is missing and why.");
+  m.def(
+      "kernel_attributes",
+      [] { return py::module_::import("json").attr("loads")(VITKIT_KERNEL_ATTRIBUTES); },
+      "What the compiler made of the CUDA kernels: a list of source, kernel, architecture, number "
+      "of instantiations, fewest and most registers, bytes spilled, bytes of static shared "
+      "memory.");
   m.def(
       "cpu_features",
       [] {

@@ -71,6 +71,10 @@ struct Fiber {
   std::vector<int> groups;   // how many of them each committed group holds
   size_t first_copy = 0, first_group = 0;
   int open = 0;  // in no group yet
+  // Barriers, and warp operations that order memory, until now. What the thread sanitizer is told
+  // of one must not be what a thread that wakes late from the one before acquires: they alternate.
+  unsigned barriers = 0, ordering = 0;
+  uint64_t of_warp[2];  // of the warp's first fiber
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;
@@ -82,6 +86,7 @@ size_t main_stack_bytes;
 const std::function<void()>* body = nullptr;
 unsigned char* shared = nullptr;
 size_t shared_bytes = 0;
+uint64_t of_block[2];
 bool failed = false;
 std::string message;
 
@@ -127,6 +132,7 @@ void start(Fiber& f) {
   f.groups.clear();
   f.first_copy = f.first_group = 0;
   f.open = 0;
+  f.barriers = f.ordering = 0;
   f.asan = nullptr;
   f.tsan = __tsan_create_fiber ? __tsan_create_fiber(0) : nullptr;
   void** top = reinterpret_cast<void**>(f.stack + kStack - 64);
@@ -241,18 +247,23 @@ unsigned char* shared_at(uint32_t address, uint32_t bytes, Site here) {
 }
 
 void barrier(Site here) {
-  if (__tsan_release) __tsan_release(shared);
+  uint64_t* const tag = &of_block[running->barriers++ % 2];
+  if (__tsan_release) __tsan_release(tag);
   wait(State::at_barrier, here);
-  if (__tsan_acquire) __tsan_acquire(shared);
+  if (__tsan_acquire) __tsan_acquire(tag);
 }
 
 void collective(WarpOp op, void* argument, bool orders, Site here) {
   running->op = op;
   running->argument = argument;
-  void* const warp = fibers[running->thread.thread.x / 32 * 32].get();
-  if (orders && __tsan_release) __tsan_release(warp);
+  uint64_t* tag = nullptr;
+  if (orders) {
+    Fiber& first = *fibers[running->thread.thread.x / 32 * 32];
+    tag = &first.of_warp[running->ordering++ % 2];
+  }
+  if (tag && __tsan_release) __tsan_release(tag);
   wait(State::at_collective, here);
-  if (orders && __tsan_acquire) __tsan_acquire(warp);
+  if (tag && __tsan_acquire) __tsan_acquire(tag);
 }
 
 void begin_copy(const Copy& copy, Site here) {

@@ -1,42 +1,11 @@
 // A program for the sanitizers: attention on the emulator, over memory of exact size.
 #include "flash_attention.cpp"
 
-#include <cstdio>
-#include <memory>
-#include <random>
+#include "exact_memory.h"
+
+using namespace emulator;
 
 namespace {
-
-std::mt19937 random_numbers(1);
-
-struct Memory {
-  std::unique_ptr<unsigned char[]> data;
-
-  template <typename T>
-  T* as() const {
-    return reinterpret_cast<T*>(data.get());
-  }
-};
-
-Memory normal(size_t count) {
-  std::normal_distribution<float> draw;
-  Memory m{std::make_unique<unsigned char[]>(count * 2)};
-  for (size_t i = 0; i < count; ++i)
-    m.as<__nv_bfloat16>()[i] = __float2bfloat16(draw(random_numbers));
-  return m;
-}
-
-Memory empty(size_t bytes) {
-  Memory m{std::make_unique<unsigned char[]>(bytes)};
-  std::memset(m.data.get(), 0xff, bytes);
-  return m;
-}
-
-bool finite(const Memory& m, size_t count) {
-  for (size_t i = 0; i < count; ++i)
-    if (!std::isfinite(__bfloat162float(m.as<__nv_bfloat16>()[i]))) return false;
-  return true;
-}
 
 // Forward and backward; bfloat16, head dim 24.
 bool attend(const char* name, SequenceMap map, bool causal, bool with_bias, bool all_written,
@@ -58,7 +27,7 @@ bool attend(const char* name, SequenceMap map, bool causal, bool with_bias, bool
   p.dq = rows(dq), p.dk = rows(dk), p.dv = rows(dv);
   p.lse = lse.as<float>(), p.delta = delta.as<float>(), p.lse_head = map.n_q;
   p.head_dim = kHeadDim, p.causal = causal;
-  p.grad_scale = 0.2f, p.scale = 0.2f * kLog2e, p.map = map;
+  p.scale = 0.2f * kLog2e, p.map = map;
   if (with_bias) {
     p.term = {bias.data.get(), Element::bf16, 0, int64_t(n_q * n_k), int64_t(n_k), 1};
     call.dbias = dbias.data.get();

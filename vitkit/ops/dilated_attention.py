@@ -45,6 +45,7 @@ from vitkit._checks import (
 NAME = "dilated_attention"
 ALIGNMENTS = ("segment", "torchscale")
 MAX_HEAD_DIM = 256
+MAX_CUDA_BRANCHES = 32  # they are parameters of the C++ kernels
 _memo = _library.Memo()
 
 
@@ -288,10 +289,10 @@ def _check(
         raise ValueError(f"{NAME}: scale must be a finite number or None, got {scale!r}")
     if alignment not in ALIGNMENTS:
         raise ValueError(f"{NAME}: alignment must be one of {ALIGNMENTS}, got {alignment!r}")
-    return q.device.type, lambda backend: why_not(backend, q)
+    return q.device.type, lambda backend: why_not(backend, q, len(lengths))
 
 
-def why_not(backend: str, q: torch.Tensor) -> str | None:
+def why_not(backend: str, q: torch.Tensor, branch_count: int = 1) -> str | None:
     """The reason ``backend`` cannot run this (valid) call, None if it can."""
     if backend == "reference":
         return None
@@ -303,6 +304,8 @@ def why_not(backend: str, q: torch.Tensor) -> str | None:
             f"its kernels need a head dim that is a multiple of 8 up to {MAX_HEAD_DIM},"
             f" got {head_dim}"
         )
+    if backend == "cuda" and branch_count > MAX_CUDA_BRANCHES:
+        return f"its kernels take up to {MAX_CUDA_BRANCHES} branches, got {branch_count}"
     return backends.why_not_device(NAME, backend, q.device.type)
 
 

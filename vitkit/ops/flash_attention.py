@@ -35,6 +35,7 @@ from vitkit.score_bias import SCORE_BIASES, DecomposedBias, DistanceBias, ScoreB
 
 NAME = "flash_attention"
 MAX_HEAD_DIM = 256
+MAX_CUDA_STRUCTURED_HEAD_DIM = 128  # of the C++ kernels in float32
 _memo = _library.Memo()
 
 
@@ -339,6 +340,12 @@ def why_not(
         return (
             f"its kernels need a head dim that is a multiple of 8 up to {MAX_HEAD_DIM},"
             f" got {head_dim}"
+        )
+    narrow = backend == "cuda" and suffix and tensors[0].dtype == torch.float32
+    if narrow and head_dim > MAX_CUDA_STRUCTURED_HEAD_DIM:
+        return (
+            f"its kernels take head dims of up to {MAX_CUDA_STRUCTURED_HEAD_DIM} with this bias in"
+            f" float32, got {head_dim}"
         )
     return backends.why_not_device(NAME + suffix, backend, tensors[0].device.type)
 

@@ -28,8 +28,8 @@ from vitkit._checks import (
 )
 
 NAME = "layer_norm_modulate"
-# A Triton program holds whole rows in registers, its gradient six of them.
-MAX_TRITON_WIDTH = 8192
+# Kernels for GPUs hold whole rows in registers, the gradient six of them.
+MAX_GPU_WIDTH = 8192
 _memo = _library.Memo()
 
 
@@ -197,8 +197,8 @@ def why_not(backend: str, tensors: list[torch.Tensor]) -> str | None:
     wide = next((t.dtype for t in tensors if t.dtype not in NATIVE_FLOATING), None)
     if wide is not None:
         return f"its kernels take float32, bfloat16 and float16, got {name_of(wide)}"
-    if backend == "triton" and tensors[0].shape[-1] > MAX_TRITON_WIDTH:
-        return f"its kernels hold rows of up to {MAX_TRITON_WIDTH}, got {tensors[0].shape[-1]}"
+    if backend in ("cuda", "triton") and tensors[0].shape[-1] > MAX_GPU_WIDTH:
+        return f"its kernels hold rows of up to {MAX_GPU_WIDTH}, got {tensors[0].shape[-1]}"
     return backends.why_not_device(NAME, backend, tensors[0].device.type)
 
 

@@ -37,6 +37,8 @@ NAME = "window_attention"
 PADDINGS = ("pad_then_roll", "roll_then_pad")
 MAX_HEAD_DIM = 256
 MAX_WINDOW_TOKENS = 1024  # of the kernels; 24 x 24 is the largest published window
+MAX_CUDA_HEAD_DIM = 128  # of the C++ kernels; every published Swin has 32
+MAX_CUDA_COSINE_HEAD_DIM = 64  # of those for logit_scale
 MASK = -100.0
 MAX_LOGIT_SCALE = math.log(100.0)
 MIN_NORM = 1e-12
@@ -274,10 +276,12 @@ def _check(
     if padding not in PADDINGS:
         raise ValueError(f"{NAME}: padding must be one of {PADDINGS}, got {padding!r}")
     tokens = window[0] * window[1]
-    return qkv.device.type, lambda backend: why_not(backend, qkv, tokens)
+    return qkv.device.type, lambda backend: why_not(backend, qkv, tokens, logit_scale is not None)
 
 
-def why_not(backend: str, qkv: torch.Tensor, window_tokens: int) -> str | None:
+def why_not(
+    backend: str, qkv: torch.Tensor, window_tokens: int, cosine: bool = False
+) -> str | None:
     """The reason ``backend`` cannot run this (valid) call, None if it can."""
     if backend == "reference":
         return None
@@ -291,6 +295,11 @@ def why_not(backend: str, qkv: torch.Tensor, window_tokens: int) -> str | None:
         )
     if window_tokens > MAX_WINDOW_TOKENS:
         return f"its kernels take windows of up to {MAX_WINDOW_TOKENS} tokens, got {window_tokens}"
+    if backend == "cuda":
+        most = MAX_CUDA_COSINE_HEAD_DIM if cosine else MAX_CUDA_HEAD_DIM
+        if head_dim > most:
+            given = " with logit_scale" if cosine else ""
+            return f"its kernels take head dims of up to {most}{given}, got {head_dim}"
     return backends.why_not_device(NAME, backend, qkv.device.type)
 
 

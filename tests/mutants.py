@@ -1,0 +1,358 @@
+"""Faults that the emulated tests must catch, in one table: ``python tests/mutants.py`` (make
+mutants) puts each into the CUDA kernels, alone, and says what caught it.
+
+``make test`` runs the ones marked ``always``; the rest is for whoever changes a kernel or its
+tests. A fault that changes no number but breaks an order (a barrier) counts, too: the emulator runs
+threads in random orders, and the sanitized programs find what stays right by luck. Beside the table
+every barrier of a kernel header is removed, one at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+CSRC = TESTS.parent / "csrc"
+
+# Driver -> the test module whose catch() tries it, and the headers only it exercises.
+DRIVERS = {
+    "primitives": ("test_emulated_primitives", ()),
+    "group_norm_silu": ("test_emulated_group_norm", ("cuda/group_norm_silu.cuh",)),
+    "layer_norm_modulate": ("test_emulated_layer_norm", ("cuda/layer_norm_modulate.cuh",)),
+    "patch_embed": (
+        "test_emulated_patch_embed",
+        ("cuda/patch_embed.cuh", "cuda/patch_embed_bwd.cuh"),
+    ),
+    "flash_attention": (
+        "test_emulated_attention",
+        (
+            "attention/mainloop.cuh",
+            "attention/forward.cuh",
+            "attention/backward.cuh",
+            "attention/bias_gradient.cuh",
+        ),
+    ),
+    "structured_bias": ("test_emulated_structured_bias", ("attention/structured_bias.cuh",)),
+    "window_attention": ("test_emulated_window_attention", ()),
+    "dilated_attention": ("test_emulated_dilated_attention", ()),
+}
+BARRIERS = ("__syncthreads();", "__syncwarp();")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``old``, which stands in one place of csrc, becomes ``new``. With ``header``, its ``nth``
+    occurrence there."""
+
+    name: str
+    old: str
+    new: str
+    always: bool = False
+    header: str = ""
+    nth: int = 0
+
+
+def _m(name: str, old: str, new: str, always: bool = False) -> Mutant:
+    return Mutant(name, old, new, always)
+
+
+TABLE: dict[str, list[Mutant]] = {
+    "primitives": [
+        _m(
+            "rows_of_two_chunks_collide",
+            "(chunk ^ (row / (8 / kSpan) % kSpan))",
+            "(chunk ^ (row % kSpan))",
+        ),
+        _m("pairs_of_rows_collide", "const int mixed = (row ^ (row >> 2 & 1)) & 3;",
+           "const int mixed = 0;"),
+    ],
+    "group_norm_silu": [
+        _m(
+            "missing_barrier_before_reading_sums",
+            "  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = v;\n"
+            "  __syncthreads();",
+            "  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = v;",
+            True,
+        ),
+        _m(
+            "barrier_in_half_a_block",
+            "  v = warp_sum(v);\n  __syncthreads();",
+            "  v = warp_sum(v);\n  if (threadIdx.x < 128) __syncthreads();",
+            True,
+        ),
+        _m(
+            "shuffle_by_half_a_warp",
+            "    v += __shfl_xor_sync(0xffffffffu, v, offset);",
+            "    if (threadIdx.x % 2) v += __shfl_xor_sync(0xffffffffu, v, offset);",
+        ),
+        _m("sums_overwritten_while_others_read", "  v = warp_sum(v);\n  __syncthreads();",
+           "  v = warp_sum(v);"),
+        _m("moments_read_before_they_are_written",
+           "of_warp[threadIdx.x / kWarp] = m;\n  __syncthreads();",
+           "of_warp[threadIdx.x / kWarp] = m;"),
+        _m("wrong_channel_of_a_column", "kColumns ? (i + k) % p.channels",
+           "kColumns ? i % p.channels", True),
+        _m("merge_forgets_the_cross_term", "m2 += other.m2 + delta * delta * count * share;",
+           "m2 += other.m2;", True),
+        _m("statistics_without_add", "in[0] + p.add.at(n, c, 0.f)", "in[0]"),
+        _m("slope_of_the_sigmoid_alone", "s * (1.f + z * (1.f - s))", "s * (1.f - s)"),
+        _m("part_of_a_row_twice", "const int64_t end = part + 1 == p.parts ? p.positions : "
+           "part_begin(p, part + 1) / kPack * kPack;\n  const T* const x = static_cast<const T*>"
+           "(p.x) + row * p.positions;\n  Moments m;",
+           "const int64_t end = p.positions;\n  const T* const x = static_cast<const T*>"
+           "(p.x) + row * p.positions;\n  Moments m;"),
+        _m("mean_of_the_gradient_forgotten", "(sums[0] + xhat * sums[1])", "(xhat * sums[1])"),
+        _m("add_gradient_without_the_mean", "positions * mean_g1 - s[2] * mean_g2",
+           "s[2] * mean_g2"),
+        _m("weight_gradient_without_scale", "weight += factor * s[1];", "weight += s[1];"),
+    ],
+    "layer_norm_modulate": [
+        _m("sum_of_half_the_lanes", "int offset = kLanes / 2; offset > 0",
+           "int offset = kLanes / 2; offset > 1"),
+        _m(
+            "sums_read_before_they_are_written",
+            "of_warp[threadIdx.x / kWarp][i] = v[i];\n    __syncthreads();",
+            "of_warp[threadIdx.x / kWarp][i] = v[i];",
+            True,
+        ),
+        _m(
+            "sums_overwritten_while_read",
+            "    __syncthreads();  // readers of the previous call are done\n"
+            "    if (threadIdx.x % kWarp == 0)\n      for",
+            "    if (threadIdx.x % kWarp == 0)\n      for",
+        ),
+        _m("modulation_of_the_first_segment", "modulation = s.per_token ? row : segment;",
+           "modulation = s.per_token ? row : 0;"),
+        _m("gain_without_scale", "gain[i][k] *= 1.f + scale[k];", "gain[i][k] *= 1.f;"),
+        _m("parts_overlap", "min((part + 1) * p.part_rows, s.rows)", "s.rows"),
+        _m("mean_of_the_gradient_forgotten", "(c[0] + xhat[i][k] * c[1])", "(xhat[i][k] * c[1])"),
+        _m(
+            "rows_of_a_block_not_waited_for",
+            "  if constexpr (kRows > 1) {\n    __syncthreads();",
+            "  if constexpr (kRows > 1) {"),
+        _m("first_row_of_a_block_only", "for (int g = 1; g < kRows; ++g)",
+           "for (int g = 1; g < 1; ++g)"),
+        _m("rows_behind_the_end", "first + group < end ? s.width : 0", "s.width"),
+        _m(
+            "columns_not_waited_for",
+            "= total;\n  __syncthreads();\n  if (threadIdx.x < kWarp)",
+            "= total;\n  if (threadIdx.x < kWarp)",
+            True,
+        ),
+        _m("every_ninth_part", "i += kColumnThreads / kWarp) total",
+           "i += kColumnThreads / kWarp + 1) total"),
+        _m("weight_gradient_without_scale", "return Pair{factor * at[0], factor * at[s.width]};",
+           "return Pair{at[0], at[s.width]};"),
+        _m("scale_gradient_without_bias",
+           "* sum.second + s.bias.at(0, column, 0.f) * sum.first);", "* sum.second);"),
+        _m("token_scale_gradient_without_bias", "(xhat[i][k] * gain[i][k] + bias[k])",
+           "(xhat[i][k] * gain[i][k])"),
+    ],
+    "patch_embed": [
+        _m("rows_of_the_first_frame_only", "n / g.grid_columns % g.grid_rows * g.patch_rows",
+           "n / g.grid_columns * g.patch_rows"),
+        _m("pixels_beyond_the_image", " && u.column < t.columns", ""),
+        _m("padding_is_black", ": columns.padding[column]", ": 0.f - columns.centre[column]"),
+        _m("padding_of_centred_bytes_is_zero", ": columns.padding[column]", ": 0.f"),
+        _m("centre_of_the_first_channel", "p.bytes[at.channel]", "p.bytes[0]"),
+        _m("offsets_of_bytes_forgotten", "shift += value * p.tables[3 * channels + at.channel];",
+           ""),
+        _m("channels_in_the_order_of_planes", "to_float(weight[at.of_weight(p.g)])",
+           "to_float(weight[k])"),
+        _m("weights_of_other_rows", "M::load_rows(weights(stage), n, k)",
+           "M::load_rows(weights(stage), n ^ 8, k)"),
+        _m("gradients_of_other_rows", "k + lane / 16 * 8 + lane % 8, row / 8 + lane / 8 % 2",
+           "k + lane / 8 % 2 * 8 + lane % 8, row / 8 + lane / 16", True),
+        _m("indices_of_the_step_before", "    prepare(step + kStages);\n", ""),
+        _m(
+            "copies_waited_for_too_late",
+            "ptx::copy_wait<kStages - 2>();\n    __syncthreads();\n    load(step",
+            "ptx::copy_wait<kStages - 1>();\n    __syncthreads();\n    load(step",
+            True,
+        ),
+        _m("positions_of_the_prefix", "p.position_first + m % p.images.g.patches",
+           "m % p.images.g.patches"),
+        _m("prefix_without_positions", "p.position_first ? p.position.at(row, column, 0.f) : 0.f",
+           "0.f"),
+        _m("norm_over_the_whole_tile", "squares += column + i < p.embed ? z[i] * z[i] : 0.f;",
+           "squares += z[i] * z[i];"),
+        _m("norm_gradient_without_xhat", "(z[e] - mean) * rstd * c2", "0.f * c2"),
+        _m("one_split_of_the_tokens", "for (int s = 0; s < p.splits; ++s) sum",
+           "for (int s = 0; s < 1; ++s) sum"),
+        _m("bias_gradient_of_the_last_token", "dbias += to_float(*grads(stage)",
+           "dbias = to_float(*grads(stage)"),
+        _m("offset_missing_in_the_gradient", "p.tables[3 * channels + at.channel] * dbias", "0.f"),
+        _m("gradient_of_positions_from_the_first_row",
+           "p.dposition.store(i - int64_t(p.first) * p.embed, sum)", "p.dposition.store(i, sum)"),
+    ],
+    "flash_attention": [
+        _m("queries_of_the_wrong_half", "t.address(row + lane % 16, k / 8 + lane / 16)",
+           "t.address(row + lane % 16, k / 8 + lane / 8 % 2)", True),
+        _m("values_not_transposed", "ptx::load_matrices_transposed(r, t",
+           "ptx::load_matrices(r, t"),
+        _m("keys_of_the_wrong_half", "n + lane / 16 * 8 + lane % 8, k / 8 + lane / 8 % 2",
+           "n + lane / 8 % 2 * 8 + lane % 8, k / 8 + lane / 16"),
+        _m("tail_not_masked", "key >= n_k || ", "", True),
+        _m("causal_off_by_one", "key >= n_k || (p.causal && key >",
+           "key >= n_k || (p.causal && key >="),
+        _m("maximum_of_half_a_row", "top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));", "",
+           True),
+        _m("sum_of_half_a_row", "sum += __shfl_xor_sync(0xffffffffu, sum, 1);", ""),
+        _m("outputs_not_rescaled", "out[r][n][half * 2 + 1] *= keep;", ""),
+        _m(
+            "copy_waited_for_too_late",
+            "ptx::copy_wait<kStages - 2>();\n    __syncthreads();\n"
+            "    load_step(step + kStages - 1);\n    if (step == 0) {",
+            "ptx::copy_wait<kStages - 1>();\n    __syncthreads();\n"
+            "    load_step(step + kStages - 1);\n    if (step == 0) {",
+            True,
+        ),
+        _m("delta_forgotten", "(dp[n][i] - statistics.delta)", "dp[n][i]", True),
+        _m("delta_without_lse", "sum -= p.grad_lse[", "sum -= 0.f * p.grad_lse["),
+        _m("gradient_of_the_wrong_operand", "multiply_columns<false>(dk, dp, queries(stage)",
+           "multiply_columns<false>(dk, dp, grads(stage)"),
+        _m("keys_of_the_gradient_not_masked", "key < span.n_k && !(p.causal && key > query)",
+           "!(p.causal && key > query)"),
+        _m("causal_gradient_off_by_one", "key < span.n_k && !(p.causal && key > query)",
+           "key < span.n_k && !(p.causal && key >= query)"),
+        _m("gradient_not_scaled", "d[n][i] *= all * kLn2;", "d[n][i] *= all;"),
+        _m("bias_gradient_of_one_chunk", "copy < end; ++copy", "copy < first + 1; ++copy"),
+    ],
+    "structured_bias": [
+        _m("column_of_another_key", "at - width.divide(at) * width.value", "key % width.value",
+           True),
+        _m("columns_of_the_grid_added_at_once", "if (r == round && key < keys)",
+           "if (r == 0 && key < keys)"),
+        _m("row_of_the_grid_not_left", "to[ih++] += run;", "to[ih] += run;"),
+        _m("sums_of_the_first_warp", "term.sums + (block * warps + warp) * 16 * lines",
+           "term.sums + block * warps * 16 * lines"),
+        _m("distance_of_one_axis", "dx * dx + dy * dy", "dx * dx"),
+    ],
+    "window_attention": [
+        _m("shift_not_masked", "apart && rows[half].region != other.region", "false"),
+        _m("mask_off_by_one", "(span.x + ix >= limit_x)", "(span.x + ix > limit_x)", True),
+        _m("table_of_the_opposite_pair", "kTransposed ? -distance : distance", "distance"),
+        _m("roll_after_the_padding", "if (roll_first) return", "if (false) return"),
+        _m("pads_not_attended", "source.pad = map.template pad<T>(span, part);", ""),
+        _m("gradient_along_the_row", "-= share * pair(half, n).get(i);", "-= 0.f * share;", True),
+        _m("norms_of_other_columns", "n * 8 % kWarp + lane_id() % 4 * 2 + i", "n * 8 % kWarp + i"),
+        _m("gain_bound_ignored", "constant ? 0.f : sum", "sum"),
+        _m("diagonals_of_one_copy", "copy < p.copies; ++copy", "copy < 1; ++copy"),
+    ],
+    "dilated_attention": [
+        _m("zeros_not_attended", "(causal ? i + 1 : s.slots) - s.n_k", "0", True),
+        _m("phase_of_the_first_head", "            start + phase,", "            start,"),
+        _m("results_where_the_slots_are", "? s.out_token + int64_t(i) * s.ratio", "? query(s, i)"),
+        _m("weights_of_equal_branches", "weight = ptx::exp2_approx(z - top)", "weight = 1.f"),
+        _m("branches_overwrite_each_other", "++i, p.map.adds = true)", "++i)", True),
+        _m("results_of_the_first_segment", "first_row + int64_t(segment) * slots + slot",
+           "first_row + slot"),
+        _m("slots_read_behind_the_last_token", "const { return min(s.n_q, s.n_k); }",
+           "const { return s.slots; }"),
+    ],
+}  # fmt: skip
+
+# Faults that need not change a number, for the sanitized program of attention: what it says.
+SILENT: list[tuple[str, str, Mutant]] = [
+    (
+        "thread",
+        "data race",
+        _m(
+            "missing_barrier",
+            "    __syncthreads();\n    load_step(step + kStages - 1);\n    if (step == 0) {",
+            "    load_step(step + kStages - 1);\n    if (step == 0) {",
+            True,
+        ),
+    ),
+    (
+        "address",
+        "heap-buffer-overflow",
+        _m("rows_read_behind_the_end", "bool exists = first + row < n && ", "bool exists = ", True),
+    ),
+]
+
+
+def of(driver: str) -> list[Mutant]:
+    """The mutants of a driver that ``make test`` runs."""
+    return [m for m in TABLE[driver] if m.always]
+
+
+def barriers(driver: str) -> Iterator[Mutant]:
+    """One mutant for every barrier of the headers that only this driver exercises."""
+    for header in DRIVERS[driver][1]:
+        text = (CSRC / header).read_text()
+        for barrier in BARRIERS:
+            for nth in range(text.count(barrier)):
+                position = -1
+                for _ in range(nth + 1):
+                    position = text.index(barrier, position + 1)
+                line = text.count("\n", 0, position) + 1
+                name = f"no {barrier.rstrip('();')} in {Path(header).name}:{line}"
+                yield Mutant(name, barrier, ";", header=header, nth=nth)
+
+
+def caught_by(driver: str, mutant: Mutant) -> str | None:
+    """What the first failing check said of the mutant, None if none failed."""
+    from emulation import mutated
+
+    module = importlib.import_module(DRIVERS[driver][0])
+    with tempfile.TemporaryDirectory() as folder:
+        csrc = mutated(Path(folder), mutant.old, mutant.new, mutant.header, mutant.nth)
+        try:
+            module.catch(csrc)
+        except AssertionError as error:
+            return str(error).strip().split("\n")[0] or "assertion"
+        except subprocess.CalledProcessError:
+            return None  # does not compile: says nothing about the tests
+        silent = getattr(module, "catch_silent", None)
+        return silent(csrc) if silent else None
+
+
+def verdict_of(driver: str, mutant: Mutant) -> str | None:
+    """As :func:`caught_by`, in a process of its own: a fault may take it down."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, (caught_by(driver, mutant) or "").encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        found = pipe.read()
+    status = os.waitpid(child, 0)[1]
+    return f"crash, status {status}" if status else found or None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("drivers", nargs="*", default=list(DRIVERS), help="default: all")
+    parser.add_argument("-k", default="", help="only mutants whose name holds this")
+    options = parser.parse_args()
+    sys.path.insert(0, str(TESTS))
+    missed = 0
+    for driver in options.drivers:
+        silent = [m for *_, m in SILENT] if driver == "flash_attention" else []
+        importlib.import_module(DRIVERS[driver][0])  # once, not in every process
+        for mutant in [*TABLE[driver], *silent, *barriers(driver)]:
+            if options.k not in mutant.name:
+                continue
+            start = time.monotonic()
+            verdict = verdict_of(driver, mutant)
+            missed += verdict is None
+            state = f"caught: {verdict[:90]}" if verdict else "NOT CAUGHT"
+            print(f"{driver:20} {mutant.name:45} {time.monotonic() - start:4.0f} s  {state}",
+                  flush=True)  # fmt: skip
+    print(f"{missed} not caught" if missed else "all caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
