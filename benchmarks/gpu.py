@@ -48,7 +48,7 @@ def stages(device: str, gpu_name: str) -> list[Stage]:
     found = [
         Stage("build", [python, "csrc/build.py"], 180),
         # Writes tests/emulator/golden.json, which the emulator must reproduce from then on.
-        Stage("primitives", [python, "tests/conformance.py"], 120),
+        Stage("primitives", [python, "tests/conformance.py"], 60),
         Stage("tests", [python, "-m", "pytest", "-q", "-x", f"--device={device}", *OP_TESTS], 240),
     ]
     sanitizer = shutil.which("compute-sanitizer")
