@@ -66,7 +66,7 @@ struct SmallParams {
 
 __host__ __device__ constexpr int block_threads(int group) { return group < 128 ? 128 : group; }
 // Of a multiprocessor: registers for all that the gradient holds, 128 to 168 a thread.
-constexpr int resident_blocks(int group) {
+__host__ __device__ constexpr int resident_blocks(int group) {
   return block_threads(group) < 384 ? 384 / block_threads(group) : 1;
 }
 
