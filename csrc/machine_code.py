@@ -69,10 +69,12 @@ class Kernel:
             return 0
         of_block = -(-self.threads // 32)
         of_warp = -(-self.registers * 32 // 256) * 256
-        shared = _SHARED.get(re.sub(r"\D", "", self.arch), 100 << 10)
+        version = re.sub(r"\D", "", self.arch)
+        # The system's KiB is part of what is reported from sm_90 on.
+        of_system = 0 if int(version) >= 90 else 1024
         blocks = min(
             _REGISTERS // (of_warp * of_block),
-            shared // (self.shared + 1024),
+            _SHARED.get(version, 100 << 10) // max(1, self.shared + of_system),
             _WARPS // of_block,
             _BLOCKS,
         )

@@ -65,6 +65,10 @@ struct SmallParams {
 };
 
 __host__ __device__ constexpr int block_threads(int group) { return group < 128 ? 128 : group; }
+// Of a multiprocessor: registers for all that the gradient holds, 128 to 168 a thread.
+__host__ __device__ constexpr int resident_blocks(int group) {
+  return block_threads(group) < 384 ? 384 / block_threads(group) : 1;
+}
 
 // Columns [column(i), column(i) + kPack) for i below kItems are this thread's.
 template <int kPack, int kGroup>
@@ -132,7 +136,7 @@ __global__ void __launch_bounds__(block_threads(kGroup))
 }
 
 template <typename T, int kPack, int kGroup, int kValues>
-__global__ void __launch_bounds__(block_threads(kGroup))
+__global__ void __launch_bounds__(block_threads(kGroup), resident_blocks(kGroup))
     layer_norm_bwd_kernel(const __grid_constant__ BackwardParams p) {
   constexpr int kItems = kValues / kPack, kRows = block_threads(kGroup) / kGroup;
   using P = Pack<T, kPack>;
@@ -322,7 +326,7 @@ inline const char* layer_norm_forward(const ForwardParams& p, Element element, S
     constexpr int kPack = kFullPack<T>;
     if (!packs_fit(p.shape, sizeof(T), {p.x, p.y})) {
       if (width <= 1024) return launch_rows<T, 1, 32, 32>(p, stream);
-      return launch_rows<T, 1, 256, 32>(p, stream);
+      return launch_rows<T, 1, 512, 16>(p, stream);
     }
     if (width <= 128) return launch_rows<T, kPack, 16, 8>(p, stream);
     if (width <= 1024) return launch_rows<T, kPack, 32, 32>(p, stream);

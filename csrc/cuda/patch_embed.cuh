@@ -351,7 +351,8 @@ struct TableParams {
   int first, channels;
 };
 
-static __global__ void patch_table_kernel(const __grid_constant__ TableParams p) {
+static __global__ void __launch_bounds__(64)
+    patch_table_kernel(const __grid_constant__ TableParams p) {
   const int c = p.first + int(threadIdx.x);
   if (c >= p.channels) return;
   for (int i = 0; i < 4; ++i) p.tables[i * p.channels + c] = p.values[i][threadIdx.x];

@@ -127,8 +127,9 @@ struct WeightParams {
   float* partial_bias;  // [splits, embed]
 };
 
+// Bytes and their indices take the registers that a second block would need.
 template <typename T, typename Pixel>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+__global__ void __launch_bounds__(kThreads, std::is_same_v<T, Pixel> ? kBlocks<T> : 1)
     patch_dweight_kernel(const __grid_constant__ WeightParams p) {
   constexpr int kStep = kDepth<T>;
   using Tile = SharedTile<T, kTile>;
