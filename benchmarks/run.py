@@ -97,7 +97,7 @@ def environment(device: str, roofline: Roofline, cache: str = "warm") -> dict[st
         cwd=Path(__file__).parent, capture_output=True, text=True,
     )  # fmt: skip
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else doctor.cpu_name(),
         "cpu_isa": facts["cpu_isa"],
         "cores": _cores(),
         "threads": torch.get_num_threads(),
@@ -119,14 +119,6 @@ def _cores() -> int:
     import os
 
     return os.cpu_count() or 1
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as f:
-            return next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 @contextmanager

@@ -28,6 +28,14 @@ def check_floating(op: str, arg: str, value: Any) -> None:
         raise TypeError(f"{op}: {arg} must be one of {allowed}, got {name_of(value.dtype)}")
 
 
+def why_not_dtype(*tensors: torch.Tensor) -> str | None:
+    """The reason no kernel takes these (valid) tensors, None if their dtypes have kernels."""
+    wide = next((t.dtype for t in tensors if t.dtype not in NATIVE_FLOATING), None)
+    if wide is None:
+        return None
+    return f"its kernels take float32, bfloat16 and float16, got {name_of(wide)}"
+
+
 def check_same_device(
     op: str, arg: str, value: torch.Tensor, like: torch.Tensor, like_name: str
 ) -> None:

@@ -70,6 +70,12 @@ def select(op: str, backend: str, device_type: str, why_not: WhyNot) -> str:
     return backend
 
 
+def first_kernel(device_type: str, why_not: WhyNot) -> str | None:
+    """The backend that ``auto`` takes, None if that is the reference."""
+    candidates = (c for c in ORDER.get(device_type, ()) if c != "reference")
+    return next((c for c in candidates if why_not(c) is None), None)
+
+
 @dataclass(frozen=True)
 class Explanation:
     """Which backend a call would take and why each other one would not."""

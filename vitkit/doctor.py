@@ -167,3 +167,12 @@ def _hosts() -> list[Finding]:
         mend = "" if version else f"pip install {name} (only to patch its models)"
         found.append(Finding(name, version is not None, version or "not installed", mend))
     return found
+
+
+def cpu_name() -> str:
+    """Model name of the processor."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

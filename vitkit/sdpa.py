@@ -69,7 +69,7 @@ def scaled_dot_product_attention(
         attn_mask = _mask(attn_mask, query, key, q.shape[1])
     width = v.shape[-1]
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    q, k, v = _equal_widths(q, k, v)
+    q, k, v = equal_widths(q, k, v)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     out = flash_attention(q, k, v, bias=attn_mask, causal=is_causal, scale=scale, backend=backend)
     assert isinstance(out, torch.Tensor)
@@ -111,7 +111,7 @@ def _mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor, heads: int
         ) from None
 
 
-def _equal_widths(
+def equal_widths(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The kernels have one head dim: the narrower side gets zeros, which change no score and are

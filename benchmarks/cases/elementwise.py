@@ -1,4 +1,4 @@
-"""What the cases of ops without a reduction share: they differ in function, inputs and bytes."""
+"""What the cases of ops of one pass share: they differ in function, inputs and bytes."""
 
 from __future__ import annotations
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 import vitkit
 
-from ..harness import Case, Outputs, Provider, compiled
+from ..harness import Case
+from . import elementwise
 
 OP = "gated_residual"
 
@@ -32,57 +31,22 @@ def make_case(
     backward: bool,
     device: str,
     sets: tuple[str, ...] = ("full",),
-    backend: str = "auto",
 ) -> Case:
     """One case; tensors are made when it is measured."""
 
-    def make() -> tuple[list[Provider], Callable[[], Outputs]]:
-        torch.manual_seed(0)
-        x, y, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
-        gate = torch.randn(gate_shape, device=device).to(dtype)
-
-        def bind(
-            function: Callable[..., torch.Tensor], wide: bool = False
-        ) -> Callable[[], Outputs]:
-            given = [t.double() if wide else t for t in (x, y, gate)]
-            if not backward:
-                return lambda: [function(*given)]
-            leaves = [t.detach().requires_grad_() for t in given]
-            cotangent = grad.double() if wide else grad
-
-            def call() -> Outputs:
-                out = function(*leaves)
-                return [out.detach(), *torch.autograd.grad(out, leaves, cotangent)]
-
-            return call
-
-        def ours(x, y, gate):
-            return vitkit.gated_residual(x, y, gate, backend=backend)
-
-        providers = [
-            Provider("vitkit", bind(ours), ours=True),
-            Provider("eager", bind(_eager)),
-            *(Provider(n, bind(f)) for n, f in compiled(_eager).items()),
-        ]
-        return providers, bind(_eager, wide=True)
+    def inputs() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        sizes = (shape, shape, gate_shape)
+        return [torch.randn(size, device=device).to(dtype) for size in sizes], []
 
     elements = torch.Size(shape).numel()
     gates = elements if gate_shape == shape else 0
-    moved = 3 * elements + gates + (3 * elements + 2 * gates if backward else 0)
-    return Case(
-        OP,
-        name,
-        "forward+backward" if backward else "forward",
-        dtype,
-        "BNE",
-        "x".join(map(str, shape)) + " gate " + "x".join(map(str, gate_shape)),
-        make,
-        2.0 * elements * (3 if backward else 1),
-        1.0 * moved * dtype.itemsize,
-        elements // torch.Size(gate_shape).numel() if backward else 2,
-        None,
-        sets,
-    )
+    return elementwise.make_case(
+        OP, name, "BNE", "x".join(map(str, shape)) + " gate " + "x".join(map(str, gate_shape)),
+        dtype, backward, inputs, lambda *given: [vitkit.gated_residual(*given)],
+        lambda *given: [_eager(*given)],
+        elements=(3 * elements + gates, 3 * elements + 2 * gates), flops=2.0 * elements,
+        terms=elements // torch.Size(gate_shape).numel() if backward else 2, sets=sets,
+    )  # fmt: skip
 
 
 def cases(device: str) -> list[Case]:

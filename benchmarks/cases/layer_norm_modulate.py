@@ -3,14 +3,13 @@ and per token."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
 import vitkit
 
-from ..harness import Case, Outputs, Provider, compiled
+from ..harness import Case
+from . import elementwise
 
 OP = "layer_norm_modulate"
 EPS = 1e-6
@@ -52,7 +51,6 @@ def make_case(
     device: str,
     target: float | None = None,
     sets: tuple[str, ...] = ("full",),
-    backend: str = "auto",
 ) -> Case:
     """One case; tensors are made when it is measured. ``modulation``: none (weight and bias
     instead), sample or token."""
@@ -62,53 +60,21 @@ def make_case(
 
     def ours(x, a, b):
         if modulation == "none":
-            return vitkit.layer_norm_modulate(x, weight=a, bias=b, eps=EPS, backend=backend)
-        return vitkit.layer_norm_modulate(x, shift=a, scale=b, eps=EPS, backend=backend)
+            return vitkit.layer_norm_modulate(x, weight=a, bias=b, eps=EPS)
+        return vitkit.layer_norm_modulate(x, shift=a, scale=b, eps=EPS)
 
-    def make() -> tuple[list[Provider], Callable[[], Outputs]]:
-        torch.manual_seed(0)
-        x, grad = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
-        smalls = [torch.randn(small, device=device).to(dtype) for _ in range(2)]
-
-        def bind(
-            function: Callable[..., torch.Tensor], wide: bool = False
-        ) -> Callable[[], Outputs]:
-            given = [t.double() if wide else t for t in (x, *smalls)]
-            if not backward:
-                return lambda: [function(*given)]
-            leaves = [t.detach().requires_grad_() for t in given]
-            cotangent = grad.double() if wide else grad
-
-            def call() -> Outputs:
-                y = function(*leaves)
-                return [y.detach(), *torch.autograd.grad(y, leaves, cotangent)]
-
-            return call
-
-        providers = [
-            Provider("vitkit", bind(ours), ours=True),
-            Provider("eager", bind(eager)),
-            *(Provider(n, bind(f)) for n, f in compiled(eager).items()),
-        ]
-        return providers, bind(eager, wide=True)
+    def inputs() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        return [torch.randn(size, device=device).to(dtype) for size in (shape, small, small)], []
 
     elements = torch.Size(shape).numel()
     extra = 2 * elements if modulation == "token" else 0
-    moved = 2 * elements + extra + (3 * elements + 1.5 * extra if backward else 0)
-    return Case(
-        OP,
-        name,
-        "forward+backward" if backward else "forward",
-        dtype,
-        "BNE",
+    return elementwise.make_case(
+        OP, name, "BNE",
         "x".join(map(str, shape)) + (f" per {modulation}" if modulation != "none" else ""),
-        make,
-        8.0 * elements * (3 if backward else 1),
-        1.0 * moved * dtype.itemsize,
-        elements // width if backward else width,
-        target,
-        sets,
-    )
+        dtype, backward, inputs, lambda *given: [ours(*given)], lambda *given: [eager(*given)],
+        elements=(2 * elements + extra, 3 * elements + 3 * extra // 2), flops=8.0 * elements,
+        terms=elements // width if backward else width, target=target, sets=sets,
+    )  # fmt: skip
 
 
 def cases(device: str) -> list[Case]:

@@ -79,10 +79,9 @@ class _Override:
         """The backend whose kernel runs the call, None without one."""
         if dropout or any(t.stride(-1) != 1 for t in tensors if t.dim() == 4):
             return None
-        for candidate in backends.ORDER[q.device.type]:
-            if candidate != "reference" and why_not(candidate, tensors, q.shape[-1]) is None:
-                return candidate
-        return None
+        return backends.first_kernel(
+            q.device.type, lambda candidate: why_not(candidate, tensors, q.shape[-1])
+        )
 
 
 def _operator(direction: str, backend: str) -> Any:

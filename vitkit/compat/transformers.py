@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from vitkit import backends
 from vitkit.ops.flash_attention import why_not
 from vitkit.sdpa import scaled_dot_product_attention
 
@@ -83,7 +84,8 @@ def _is_foreign(
         return True
     if backend != "auto":
         return False
-    native = "cuda" if query.is_cuda else "cpu"
-    choices = ("cuda", "triton") if query.is_cuda else (native,)
     width = max(query.shape[-1], value.shape[-1])
-    return all(why_not(choice, [query, key, value], width) is not None for choice in choices)
+    found = backends.first_kernel(
+        query.device.type, lambda candidate: why_not(candidate, [query, key, value], width)
+    )
+    return found is None

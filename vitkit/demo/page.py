@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-import platform
 from importlib.resources import files
 from typing import Any
 
 import torch
 
-from vitkit import _drawing
+from vitkit import _drawing, doctor
 from vitkit._drawing import AFTER, BEFORE, INK
 from vitkit._version import __version__
 from vitkit.verify import Verification
@@ -24,7 +23,7 @@ def render(rows: list[Row], photo: torch.Tensor, device: str, dtype: str) -> str
 
     source = files("vitkit.demo").joinpath("page.html").read_text()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    where = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    where = torch.cuda.get_device_name() if device == "cuda" else doctor.cpu_name()
     return environment.from_string(source).render(
         rows=rows,
         times=_bars(rows),
@@ -36,14 +35,6 @@ def render(rows: list[Row], photo: torch.Tensor, device: str, dtype: str) -> str
         versions=f"vitkit {__version__}, torch {torch.__version__}",
         ok=all(r.ok for _, r in rows),
     )
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as f:
-            return next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _png(photo: torch.Tensor) -> str:

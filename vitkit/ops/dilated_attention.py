@@ -34,12 +34,11 @@ import torch
 
 from vitkit import _library, backends
 from vitkit._checks import (
-    NATIVE_FLOATING,
     check_floating,
     check_same_device,
     check_same_dtype,
     check_shape,
-    name_of,
+    why_not_dtype,
 )
 
 NAME = "dilated_attention"
@@ -296,8 +295,9 @@ def why_not(backend: str, q: torch.Tensor, branch_count: int = 1) -> str | None:
     """The reason ``backend`` cannot run this (valid) call, None if it can."""
     if backend == "reference":
         return None
-    if q.dtype not in NATIVE_FLOATING:
-        return f"its kernels take float32, bfloat16 and float16, got {name_of(q.dtype)}"
+    reason = why_not_dtype(q)
+    if reason is not None:
+        return reason
     head_dim = q.shape[-1]
     if head_dim % 8 != 0 or head_dim > MAX_HEAD_DIM:
         return (

@@ -22,14 +22,13 @@ import torch
 
 from vitkit import _library, backends
 from vitkit._checks import (
-    NATIVE_FLOATING,
     check_cu_seqlens,
     check_cu_seqlens_values,
     check_floating,
     check_same_device,
     check_same_dtype,
     check_shape,
-    name_of,
+    why_not_dtype,
 )
 from vitkit.score_bias import SCORE_BIASES, DecomposedBias, DistanceBias, ScoreBias
 
@@ -333,9 +332,9 @@ def why_not(
     """The reason ``backend`` cannot run this (valid) call, None if it can."""
     if backend == "reference":
         return None
-    for t in tensors:
-        if t.dtype not in NATIVE_FLOATING and t.dtype != torch.bool:
-            return f"its kernels take float32, bfloat16 and float16, got {name_of(t.dtype)}"
+    reason = why_not_dtype(*(t for t in tensors if t.dtype != torch.bool))
+    if reason is not None:
+        return reason
     if head_dim % 8 != 0 or head_dim > MAX_HEAD_DIM:
         return (
             f"its kernels need a head dim that is a multiple of 8 up to {MAX_HEAD_DIM},"

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from vitkit import _library, backends
-from vitkit._checks import NATIVE_FLOATING, check_floating, name_of
+from vitkit._checks import check_floating, why_not_dtype
 
 NAME = "gelu"
 _memo = _library.Memo()
@@ -133,9 +133,7 @@ def why_not(backend: str, x: torch.Tensor) -> str | None:
     """The reason ``backend`` cannot run this (valid) call, None if it can."""
     if backend == "reference":
         return None
-    if x.dtype not in NATIVE_FLOATING:
-        return f"its kernels take float32, bfloat16 and float16, got {name_of(x.dtype)}"
-    return backends.why_not_device(NAME, backend, x.device.type)
+    return why_not_dtype(x) or backends.why_not_device(NAME, backend, x.device.type)
 
 
 def gelu(x: torch.Tensor, *, approximate: str = "none", backend: str = "auto") -> torch.Tensor:

@@ -21,11 +21,10 @@ import torch.nn.functional as F
 
 from vitkit import _library, backends
 from vitkit._checks import (
-    NATIVE_FLOATING,
     check_floating,
     check_same_device,
     check_shape,
-    name_of,
+    why_not_dtype,
 )
 
 NAME = "group_norm_silu"
@@ -228,10 +227,8 @@ def why_not(backend: str, tensors: list[torch.Tensor]) -> str | None:
     """The reason ``backend`` cannot run this (valid) call, None if it can."""
     if backend == "reference":
         return None
-    wide = next((t.dtype for t in tensors if t.dtype not in NATIVE_FLOATING), None)
-    if wide is not None:
-        return f"its kernels take float32, bfloat16 and float16, got {name_of(wide)}"
-    return backends.why_not_device(NAME, backend, tensors[0].device.type)
+    device_type = tensors[0].device.type
+    return why_not_dtype(*tensors) or backends.why_not_device(NAME, backend, device_type)
 
 
 def group_norm_silu(

@@ -19,12 +19,11 @@ import torch
 
 from vitkit import _library, backends
 from vitkit._checks import (
-    NATIVE_FLOATING,
     check_floating,
     check_same_device,
     check_same_dtype,
     check_shape,
-    name_of,
+    why_not_dtype,
 )
 
 NAME = "layer_norm_modulate"
@@ -194,9 +193,9 @@ def why_not(backend: str, tensors: list[torch.Tensor]) -> str | None:
     """The reason ``backend`` cannot run this (valid) call, None if it can."""
     if backend == "reference":
         return None
-    wide = next((t.dtype for t in tensors if t.dtype not in NATIVE_FLOATING), None)
-    if wide is not None:
-        return f"its kernels take float32, bfloat16 and float16, got {name_of(wide)}"
+    reason = why_not_dtype(*tensors)
+    if reason is not None:
+        return reason
     if backend in ("cuda", "triton") and tensors[0].shape[-1] > MAX_GPU_WIDTH:
         return f"its kernels hold rows of up to {MAX_GPU_WIDTH}, got {tensors[0].shape[-1]}"
     return backends.why_not_device(NAME, backend, tensors[0].device.type)

@@ -22,7 +22,11 @@ import torch
 import torch.nn.functional as F
 
 from vitkit import _library, _patches, backends
-from vitkit._checks import NATIVE_FLOATING, check_floating, check_same_device, name_of
+from vitkit._checks import (
+    check_floating,
+    check_same_device,
+    why_not_dtype,
+)
 
 NAME = "patch_embed"
 _memo = _library.Memo()
@@ -264,10 +268,8 @@ def why_not(backend: str, tensors: list[torch.Tensor]) -> str | None:
     """The reason ``backend`` cannot run this (valid) call, None if it can."""
     if backend == "reference":
         return None
-    wide = next((t.dtype for t in tensors if t.dtype not in NATIVE_FLOATING), None)
-    if wide is not None:
-        return f"its kernels take float32, bfloat16 and float16, got {name_of(wide)}"
-    return backends.why_not_device(NAME, backend, tensors[0].device.type)
+    device_type = tensors[0].device.type
+    return why_not_dtype(*tensors) or backends.why_not_device(NAME, backend, device_type)
 
 
 def patch_embed(

@@ -21,11 +21,10 @@ import torch
 
 from vitkit import _library, backends
 from vitkit._checks import (
-    NATIVE_FLOATING,
     check_floating,
     check_same_device,
     check_same_dtype,
-    name_of,
+    why_not_dtype,
 )
 
 NAME = "rope_2d"
@@ -209,9 +208,7 @@ def why_not(backend: str, q: torch.Tensor) -> str | None:
     """The reason ``backend`` cannot run this (valid) call, None if it can."""
     if backend == "reference":
         return None
-    if q.dtype not in NATIVE_FLOATING:
-        return f"its kernels take float32, bfloat16 and float16, got {name_of(q.dtype)}"
-    return backends.why_not_device(NAME, backend, q.device.type)
+    return why_not_dtype(q) or backends.why_not_device(NAME, backend, q.device.type)
 
 
 def _table(table: torch.Tensor, head_dim: int, interleaved: bool, dtype: torch.dtype):

@@ -31,7 +31,12 @@ from typing import Any
 import torch
 
 from vitkit import _library, backends
-from vitkit._checks import NATIVE_FLOATING, check_floating, check_same_device, check_shape, name_of
+from vitkit._checks import (
+    check_floating,
+    check_same_device,
+    check_shape,
+    why_not_dtype,
+)
 
 NAME = "window_attention"
 PADDINGS = ("pad_then_roll", "roll_then_pad")
@@ -285,8 +290,9 @@ def why_not(
     """The reason ``backend`` cannot run this (valid) call, None if it can."""
     if backend == "reference":
         return None
-    if qkv.dtype not in NATIVE_FLOATING:
-        return f"its kernels take float32, bfloat16 and float16, got {name_of(qkv.dtype)}"
+    reason = why_not_dtype(qkv)
+    if reason is not None:
+        return reason
     head_dim = qkv.shape[-1]
     if head_dim % 8 != 0 or head_dim > MAX_HEAD_DIM:
         return (

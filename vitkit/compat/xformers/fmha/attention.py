@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from vitkit.compat.xformers.fmha.attn_bias import Band, Block, band, blocks
 from vitkit.ops.flash_attention import flash_attention
+from vitkit.sdpa import equal_widths
 
 NAME = "memory_efficient_attention"
 Result = tuple[torch.Tensor, torch.Tensor]
@@ -107,12 +107,7 @@ def _attend(q: Any, k: Any, v: Any, attn_bias: Any, p: float, scale: float | Non
     shape = (*q.shape[:-1], v.shape[-1])
     q, k, v = (_four_dimensions(t) for t in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    missing = v.shape[-1] - q.shape[-1]
-    if missing > 0:  # zeros change no score
-        q, k = F.pad(q, (0, missing)), F.pad(k, (0, missing))
-    elif missing < 0:
-        v = F.pad(v, (0, -missing))
-    out, lse = _masked(q, k, v, attn_bias, scale)
+    out, lse = _masked(*equal_widths(q, k, v), attn_bias, scale)
     return out[..., : shape[-1]].reshape(shape), lse
 
 
