@@ -113,8 +113,8 @@ def test_runs_on_kernels_as_on_the_reference(name):
 
 
 FAMILIES = """
-    vit_b16 dinov3_b16 beit_b16 medsiglip conch swin_t swinv2_t ctranspath gigapath_slide titan prism
-    hipt perceiver flamingo_resampler dit_b2 fit_b2 ddpm_cifar10 sdxl_unet kl_vae dalle
+    vit_b16 dinov3_b16 beit_b16 medsiglip conch swin_t swinv2_t ctranspath gigapath_slide titan
+    prism hipt perceiver flamingo_resampler dit_b2 fit_b2 ddpm_cifar10 sdxl_unet kl_vae dalle
 """
 
 
@@ -124,10 +124,9 @@ def test_runs_in_bfloat16(name):
     model = seeded(create(name, reduced=True)).eval()
     torch.manual_seed(1)
     inputs = model.example_inputs()
-    narrow = [t.bfloat16() if t.is_floating_point() and t.dim() > 2 else t for t in inputs]
+    narrow = [t.bfloat16() if t.is_floating_point() and t.dim() > 1 else t for t in inputs]
     if name in ("gigapath_slide", "sdxl_unet"):
         narrow[-1] = inputs[-1]  # coordinates and sizes are no features
-        narrow[1:-1] = [t.bfloat16() if t.dim() > 1 else t for t in inputs[1:-1]]
     with torch.no_grad():
         wide = outputs_of(model, inputs)[0]
         out = outputs_of(model.bfloat16(), narrow)[0]
