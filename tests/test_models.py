@@ -112,6 +112,28 @@ def test_runs_on_kernels_as_on_the_reference(name):
             assert p.grad.abs().max() > 0 or key.endswith(("k_proj.bias", "to_k.bias")), key
 
 
+FAMILIES = """
+    vit_b16 dinov3_b16 beit_b16 medsiglip conch swin_t swinv2_t ctranspath gigapath_slide titan
+    prism hipt perceiver flamingo_resampler dit_b2 fit_b2 ddpm_cifar10 sdxl_unet kl_vae dalle
+"""
+
+
+@pytest.mark.parametrize("name", FAMILIES.split())
+def test_runs_in_bfloat16(name):
+    """Outputs in the dtype of the model, not far from those in float32."""
+    model = seeded(create(name, reduced=True)).eval()
+    torch.manual_seed(1)
+    inputs = model.example_inputs()
+    narrow = [t.bfloat16() if t.is_floating_point() and t.dim() > 1 else t for t in inputs]
+    if name in ("gigapath_slide", "sdxl_unet"):
+        narrow[-1] = inputs[-1]  # coordinates and sizes are no features
+    with torch.no_grad():
+        wide = outputs_of(model, inputs)[0]
+        out = outputs_of(model.bfloat16(), narrow)[0]
+    assert out.dtype == torch.bfloat16
+    assert (out - wide).norm() < 0.1 * wide.norm()
+
+
 def test_the_table_of_the_docs_is_the_configurations():
     """Every full model is built, without its memory."""
     page = (ROOT / "docs" / "models.md").read_text()

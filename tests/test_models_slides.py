@@ -119,9 +119,9 @@ def test_titan():
 
 def test_slopes_of_titan():
     """Twelve heads: those of eight, then every second one of sixteen."""
-    slopes = create("titan", depth=1).slopes
+    slopes = create("titan", depth=1).bfloat16().log_slopes.float().exp2()
     expected = [2.0**-i for i in range(1, 9)] + [2.0 ** -(i + 0.5) for i in range(4)]
-    torch.testing.assert_close(slopes, torch.tensor(expected), atol=0, rtol=1e-7)
+    torch.testing.assert_close(slopes, torch.tensor(expected), atol=0, rtol=2e-7)
 
 
 def prism(w, c, tiles, mask):

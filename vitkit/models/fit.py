@@ -99,8 +99,6 @@ class FiT(torch.nn.Module):
     """Patches [B, p p C, N], times [B], labels [B], their places [B, 2, N] (x, y) and a mask [B, N]
     (0 is padding, other numbers tell packed images apart) to patches [B, p p C', N]."""
 
-    freqs: torch.Tensor
-
     def __init__(self, config: FiTConfig) -> None:
         super().__init__()
         c = self.config = config
@@ -108,13 +106,19 @@ class FiT(torch.nn.Module):
         self.x_embedder = PatchEmbedder(patch, c.dim)
         self.t_embedder = TimestepEmbedder(c.dim)
         self.y_embedder = LabelEmbedder(c.num_classes, c.dim)
-        axis = c.dim // c.num_heads // 2
-        freqs = c.theta ** -(torch.arange(0, axis, 2).float() / axis)
-        self.register_buffer("freqs", freqs, persistent=False)
         self.blocks = torch.nn.ModuleList(Block(c.dim, c.num_heads) for _ in range(c.depth))
         self.final_layer = FinalLayer(c.dim, 2 * patch if c.learn_sigma else patch)
         init_weights(self)
         zero_start(self)
+
+    def tables(self, grid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin) [B, N, 1, D / 2] float32: a half of a head turns with the row, the other with
+        the column."""
+        width = self.config.dim // self.config.num_heads // 2
+        steps = torch.arange(0, width, 2, device=grid.device).float()
+        freqs = self.config.theta ** -(steps / width)
+        angles = torch.cat([grid[:, axis, :, None] * freqs for axis in (1, 0)], -1)[:, :, None]
+        return angles.cos(), angles.sin()
 
     def forward(
         self,
@@ -126,9 +130,7 @@ class FiT(torch.nn.Module):
     ) -> torch.Tensor:
         x = self.x_embedder(x.transpose(1, 2))
         condition = self.t_embedder(t) + self.y_embedder(y)
-        # A half of a head turns with the row, the other with the column: [B, N, 1, D / 2].
-        angles = torch.cat([grid[:, axis, :, None] * self.freqs for axis in (1, 0)], -1)[:, :, None]
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = self.tables(grid)
         for block in self.blocks:
             x = block(x, condition, mask, cos, sin)
         x = self.final_layer(x, condition) * (mask != 0)[..., None]

@@ -17,6 +17,11 @@ class Add(torch.nn.Module):
         return x + y
 
 
+def residual(dim: int, layer_scale: float | None) -> torch.nn.Module:
+    """The end of a residual branch."""
+    return Add() if layer_scale is None else LayerScale(dim, layer_scale)
+
+
 def make_mlp(kind: str, dim: int, hidden: int) -> torch.nn.Module:
     """``"gelu"``, ``"gelu_tanh"`` or ``"swiglu"``; hidden is the width after the first
     projection."""
@@ -42,13 +47,12 @@ class Block(torch.nn.Module):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        scaled = layer_scale is not None
         self.norm1 = LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias)
-        self.ls1 = LayerScale(dim, layer_scale) if scaled else Add()  # type: ignore[arg-type]
+        self.ls1 = residual(dim, layer_scale)
         self.norm2 = LayerNorm(dim, eps=eps)
         self.mlp = make_mlp(mlp, dim, mlp_hidden)
-        self.ls2 = LayerScale(dim, layer_scale) if scaled else Add()  # type: ignore[arg-type]
+        self.ls2 = residual(dim, layer_scale)
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
         x = self.ls1(x, self.attn(self.norm1(x), attn_mask))

@@ -91,7 +91,7 @@ class TITAN(torch.nn.Module):
     """Features [N, tile_dim] of one slide's tiles, their coordinates [N, 2] in pixels, and the
     pixels between neighbours, to the slide's embedding [1, E]."""
 
-    slopes: torch.Tensor
+    log_slopes: torch.Tensor
 
     def __init__(self, config: TITANConfig) -> None:
         super().__init__()
@@ -104,7 +104,9 @@ class TITAN(torch.nn.Module):
         self.attn_pool = AttentionalPooler(c.dim, c.dim, c.pool_heads, c.queries)
         self.attn_pool_contrastive = AttentionalPooler(c.dim, c.dim, c.pool_heads, 1)
         self.proj = torch.nn.Parameter(torch.randn(c.dim, c.dim) * c.dim**-0.5)
-        self.register_buffer("slopes", torch.tensor(alibi_slopes(c.num_heads)), persistent=False)
+        # Their logarithms, which are halves, survive a conversion of the model to bfloat16.
+        exponents = torch.tensor([math.log2(s) for s in alibi_slopes(c.num_heads)])
+        self.register_buffer("log_slopes", exponents, persistent=False)
         init_weights(self)
 
     def cells(
@@ -132,7 +134,7 @@ class TITAN(torch.nn.Module):
         # The class token has no place: its distance to every tile is 0.
         nowhere = places.new_full((1, 2), math.nan, dtype=torch.float32)
         points = torch.cat([nowhere, places.float()])[None]
-        bias = DistanceBias(self.slopes, points, points)
+        bias = DistanceBias(self.log_slopes.float().exp2(), points, points)
         for block in self.blocks["modules_list"].children():
             x = block(x, bias)
         return self.norm(x)

@@ -181,8 +181,8 @@ def _dinov2(config: ViTConfig, registers: int = 0) -> ViTConfig:
     )
 
 
-def _siglip(config: ViTConfig, **other: int) -> ViTConfig:
-    return replace(config, class_token=False, pool="map", **other)  # type: ignore[arg-type]
+def _siglip(config: ViTConfig, image_size: int = 224) -> ViTConfig:
+    return replace(config, class_token=False, pool="map", image_size=image_size)
 
 
 SO400M = ViTConfig(patch_size=14, dim=1152, depth=27, num_heads=16, mlp_hidden=4304)
