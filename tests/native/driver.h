@@ -153,11 +153,13 @@ inline void request_tiles() {
 #endif
 }
 
-// Runs the cases whose name contains the first argument, all without one; returns the exit code.
+// Runs the cases whose name contains the first argument, all without one or, with --first-failure,
+// all up to the first that fails; returns the exit code.
 template <typename Run, typename Cases>
 int run_all(int argc, char** argv, const Cases& cases) {
   request_tiles();
-  const std::string filter = argc > 1 ? argv[1] : "";
+  const bool first_failure = argc > 1 && !std::strcmp(argv[1], "--first-failure");
+  const std::string filter = argc > 1 && !first_failure ? argv[1] : "";
   int run = 0, failed = 0;
   for (ElementType type : {ElementType::f32, ElementType::bf16, ElementType::f16})
     for (const auto& c : cases(type)) {
@@ -166,6 +168,7 @@ int run_all(int argc, char** argv, const Cases& cases) {
       if (Run(c).check()) continue;
       ++failed;
       std::printf("FAILED %s\n", c.name.c_str());
+      if (first_failure) return 1;
     }
   std::printf("%d cases, %d failed\n", run, failed);
   return failed || !run;
