@@ -10,7 +10,6 @@ from __future__ import annotations
 import pytest
 from native_drivers import KERNELS, compile_driver, has_isa, run
 
-
 # Not avx2: what make test runs everything else on.
 VARIANTS = ("base", "avx512", "amx", "avx512-emulated", "amx-emulated-sanitized")
 # Only these know tiles: the emulated builds of the others are the same.
