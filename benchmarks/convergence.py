@@ -233,6 +233,7 @@ FAULTS = {
 
 
 def main(path: Path) -> int:
+    torch.set_num_threads(1)  # the models are too small to share
     found = {task.name: curves(task, FAULTS[task.name]) for task in TASKS}
     path.write_text(_drawing.standalone(draw(found)))
     for name, c in found.items():
