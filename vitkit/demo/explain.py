@@ -29,13 +29,13 @@ from vitkit.verify import longest_sum
 
 SIZE, PATCH, TILE = 48, 4, 6  # pixels; 8 x 8 tiles are what LIME and SHAP switch off
 HELD_OUT, BATCH = 297, 128
-SAMPLES = 1000
+SAMPLES = 500
 BACKGROUND = -1.0
 
 Attribution = Callable[[torch.nn.Module, torch.Tensor, int], torch.Tensor]
 
 
-def small_vit(width: int = 128, depth: int = 4, size: int = SIZE) -> torch.nn.Module:
+def small_vit(width: int = 96, depth: int = 3, size: int = SIZE) -> torch.nn.Module:
     """timm's VisionTransformer on [B, 1, size, size], with weights a few dozen steps can move."""
     from timm.models import VisionTransformer
 
@@ -253,7 +253,7 @@ def draw(image: torch.Tensor, found: list[Comparison]) -> str:
     return _drawing.svg(drawn, "explanations of an unpatched and a patched model are the same")
 
 
-def main(path: Path, steps: int = 150) -> int:
+def main(path: Path, steps: int = 120) -> int:
     model, accuracy = trained(small_vit(), steps)
     images, classes = digits()
     image = F.interpolate(images[-1:].float(), size=SIZE, mode="bilinear")[0]
