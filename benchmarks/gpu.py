@@ -2,8 +2,9 @@
 sanitise, benchmark, store the results.
 
 Needs no network and no virtual environment where torch, triton, ninja, pybind11, pytest,
-pytest-benchmark and hypothesis are installed. Every stage has a time limit, a failing stage does not stop the
-others, and the exit code says at the end whether one failed. The whole takes under ten minutes.
+pytest-benchmark and hypothesis are installed. Every stage has a time limit, a failing stage does
+not stop the others, and the exit code says at the end whether one failed. The whole takes under ten
+minutes.
 ``make gpu-full`` has no such limit: all op tests, the full set and the scaling curves with every
 rival.
 
