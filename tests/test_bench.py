@@ -239,3 +239,12 @@ def test_the_program_for_sanitizers_runs_every_op(monkeypatch, capsys):
     assert sanitized_ops.main("cpu", "cpu") == 0
     assert f"{len(names)} calls ran, 0 failed" in capsys.readouterr().out
     assert sanitized_ops.main("cpu", "cuda") == 1
+
+
+def test_a_budget_gives_every_op_its_share(monkeypatch):
+    cases = [case(lambda: [X.sin()]) for _ in range(5)]
+    cases = [dataclasses.replace(c, op=op) for c, op in zip(cases, "aaabb", strict=True)]
+    assert [c.op for c in run.in_turns(cases)] == list("ababa")
+    monkeypatch.setattr(run, "measure_roofline", lambda *_: ROOFLINE)
+    facts, rows, failures = run.run(cases, "cpu", run.Manner(0.01), budget=-1.0)
+    assert facts["left_out"] == 5 and not rows and not failures

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -156,7 +157,7 @@ def attention_rollout(model: torch.nn.Module, image: torch.Tensor, label: int) -
 
 
 def _rollout_of_matrices(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    layers = [m for m in model.modules() if hasattr(m, "fused_attn")]
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "fused_attn")]
     matrices: list[torch.Tensor] = []
     fused = [m.fused_attn for m in layers]
     handles = [
