@@ -95,7 +95,6 @@ def lime(model: torch.nn.Module, image: torch.Tensor, label: int) -> torch.Tenso
         image[0].numpy().astype(np.float64)[..., None].repeat(3, 2), classify, labels=(label,),
         top_labels=None, hide_color=BACKGROUND, num_samples=SAMPLES, batch_size=BATCH,
         num_features=segments.max() + 1, segmentation_fn=lambda _: segments, random_seed=0,
-        progress_bar=False,
     )  # fmt: skip
     weights = np.zeros(segments.max() + 1)
     for tile, weight in found.local_exp[label]:
