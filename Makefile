@@ -38,13 +38,13 @@ lint: $(STAMP)
 bench: native
 	$(BIN)/vitkit bench --device cpu
 
-# Works without a network and without .venv where torch, triton, ninja, pybind11, pytest and
-# pytest-benchmark are installed already.
+# Works without a network and without .venv where torch, triton, ninja, pybind11, pytest,
+# pytest-benchmark and hypothesis are installed already. COLLECT=DIR copies what was written to DIR.
 gpu:
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/gpu.py $(if $(COLLECT),--collect $(COLLECT))
 
 gpu-full:
-	$(PYTHON) benchmarks/gpu.py --full
+	$(PYTHON) benchmarks/gpu.py --full $(if $(COLLECT),--collect $(COLLECT))
 
 # ninja compiles what changed since the last report.
 cuda-report: $(STAMP)

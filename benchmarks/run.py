@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import platform
 import subprocess
 import sys
@@ -59,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
         "--time-box", type=float, default=5.0, metavar="SECONDS",
         help="points of a scaling curve with longer calls are modelled",
     )  # fmt: skip
+    p.add_argument(
+        "--budget", type=float, metavar="SECONDS",
+        help="begin no case after that; ops take turns, so that each gets its share",
+    )  # fmt: skip
     own.add_options(p)
     return p
 
@@ -84,6 +89,17 @@ def selected_cases(options: argparse.Namespace) -> list[Case]:
         and (options.mode is None or c.mode == options.mode)
         and (options.name is None or options.name.lower() in c.name.lower())
     ]
+
+
+def in_turns(cases: Sequence[Case]) -> list[Case]:
+    """The first case of every op, then the second of every op, and so on."""
+    seen: dict[str, int] = {}
+    ranks = []
+    for case in cases:
+        ranks.append(seen.get(case.op, 0))
+        seen[case.op] = ranks[-1] + 1
+    order = sorted(range(len(cases)), key=ranks.__getitem__)
+    return [cases[i] for i in order]
 
 
 def environment(device: str, roofline: Roofline, cache: str = "warm") -> dict[str, Any]:
@@ -157,9 +173,10 @@ def run(
     device: str,
     manner: Manner = Manner(),
     progress: TextIO | None = None,
+    budget: float = math.inf,
 ) -> tuple[dict[str, Any], list[Row], dict[str, str]]:
-    """Measures all cases; returns the environment, the rows, and what failed, by case. ``progress``
-    gets a line per case."""
+    """Measures all cases that can begin within ``budget`` seconds; returns the environment, the
+    rows, and what failed, by case. ``progress`` gets a line per case."""
 
     def tell(line: str) -> None:
         if progress is not None:
@@ -170,7 +187,12 @@ def run(
     begin = time.monotonic()
     rows: list[Row] = []
     failures: dict[str, str] = {}
+    left_out = 0
     for index, case in enumerate(cases):
+        if time.monotonic() - begin > budget:
+            left_out = len(cases) - index
+            tell(f"{left_out} cases left out: the {budget:g} s are over")
+            break
         dtype = str(case.dtype).removeprefix("torch.")
         label = f"{case.op} {case.name} {case.mode} {dtype} {case.layout}"
         line = [r for r in rows if case.curve and (r.op, r.curve, r.dtype, r.modelled) ==
@@ -184,7 +206,7 @@ def run(
         except Exception as error:
             failures[label] = f"{type(error).__name__}: {error}".splitlines()[0]
             tell(f"[{index + 1}/{len(cases)}] {label}: FAILED {failures[label]}")
-    took = {"minutes": round((time.monotonic() - begin) / 60, 1)}
+    took = {"minutes": round((time.monotonic() - begin) / 60, 1), "left_out": left_out}
     return environment(device, roofline, manner.cache) | took, rows, failures
 
 
@@ -202,7 +224,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(own.explanation(options, cases[0].op, dtype), file=talk, flush=True)
     manner = Manner(options.seconds, options.cache, options.rivals == "all", options.time_box)
     with preferred(options.backend):
-        facts, rows, failures = run(cases, options.device, manner, talk)
+        if options.budget is None:
+            facts, rows, failures = run(cases, options.device, manner, talk)
+        else:
+            shared = in_turns(cases)
+            facts, rows, failures = run(shared, options.device, manner, talk, options.budget)
     if options.json == STDOUT:
         print(report.as_json(facts, rows, failures))
     else:

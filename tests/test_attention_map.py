@@ -85,6 +85,9 @@ def test_no_rows_and_one_row():
         ({"k": torch.randn(2, 9, 3, 16, dtype=torch.float64)}, "k must have the dtype of q"),
         ({"bias": torch.randn(5, 5)}, "bias must broadcast"),
         ({"bias": 1.0}, "bias must be a tensor, got float"),
+        ({"bias": torch.ones(7, 9, dtype=torch.int64)}, "bias must be one of .*, got int64"),
+        ({"bias": torch.ones(7, 9, device="meta")}, "bias must be on the device of q"),
+        ({"rows": torch.ones(7, dtype=torch.bool)}, "rows must be an integer"),
     ],
 )
 def test_bad_input(change, message):

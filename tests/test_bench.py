@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,19 +165,86 @@ def test_gpu_entry_without_a_gpu_says_so(monkeypatch, capsys):
 
 
 def test_gpu_stages_survive_a_failing_stage(tmp_path):
-    import sys
-
     stages = [
         gpu.Stage("bad", [sys.executable, "-c", "raise SystemExit(3)"], 20),
         gpu.Stage("slow", [sys.executable, "-c", "import time; time.sleep(20)"], 1),
         gpu.Stage("good", [sys.executable, "-c", "pass"], 20),
     ]
-    outcome = gpu.run(stages, {})
+    outcome = gpu.run(stages, {}, tmp_path / "logs" / "gpu.log")
     assert outcome["bad"].startswith("failed (exit code 3)")
     assert outcome["slow"].startswith("stopped after 1 s")
     assert outcome["good"].startswith("ok")
-    names = [s.name for s in gpu.stages("cuda", "NVIDIA H100")]
+
+
+def test_gpu_stages_on_a_machine_with_everything(monkeypatch):
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/fake/{name}")
+    quick = gpu.stages("cuda", "NVIDIA H100")
+    names = [s.name for s in quick]
     assert names[:3] == ["build", "primitives", "tests"] and names[-1] == "benchmarks, fast set"
-    assert sum(s.seconds for s in gpu.stages("cuda", "NVIDIA H100")) <= 600
+    assert names[3:-1] == ["memcheck", "racecheck", "synccheck", "initcheck"]
+    assert sum(s.seconds for s in quick) <= 600
+    for stage in quick:
+        files = [a for a in stage.command if a.endswith(".py") and not a.startswith("/")]
+        assert all((gpu.ROOT / f).exists() for f in files), stage
     full = [s.command for s in gpu.stages("cuda", "NVIDIA H100", full=True)]
-    assert "scaling" in full[-1] and "all" in full[-1] and not any("-x" in c for c in full[:3])
+    assert "scaling" in full[-1] and "all" in full[-1]
+
+
+def test_a_stage_out_of_time_takes_its_children_along(tmp_path):
+    code = "import subprocess, sys, time; p = subprocess.Popen(['sleep', '60']); print(p.pid,"
+    code += " flush=True); time.sleep(60)"
+    log = tmp_path / "gpu.log"
+    outcome = gpu.run([gpu.Stage("slow", [sys.executable, "-c", code], 4)], {}, log)
+    assert outcome["slow"].startswith("stopped after 4 s")
+    child = int(log.read_text().splitlines()[-1])
+    state = Path(f"/proc/{child}/stat")
+    for _ in range(50):  # until its new parent has collected it
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"process {child} still runs")
+
+
+def test_gpu_run_collects_what_it_wrote(tmp_path, monkeypatch, capsys):
+    results, golden = tmp_path / "results", tmp_path / "golden.json"
+    results.mkdir()
+    old = results / "old.json"
+    old.write_text("{}")
+    os.utime(old, (1, 1))
+    write = "import pathlib, sys; [pathlib.Path(p).write_text('{}') for p in sys.argv[1:]]"
+    files = [str(golden), str(results / "nvidia-h100.json")]
+    stages = [
+        gpu.Stage("build", [sys.executable, "-c", write, *files], 20),
+        gpu.Stage("tests", [str(tmp_path / "absent")], 20),
+    ]
+    monkeypatch.setattr(gpu, "visible_gpu", lambda: ("NVIDIA H100", "9.0a"))
+    monkeypatch.setattr(gpu, "stages", lambda *_: stages)
+    monkeypatch.setattr(gpu, "RESULTS", results)
+    monkeypatch.setattr(gpu, "GOLDEN", golden)
+    out = tmp_path / "out"
+    assert gpu.main(["--collect", str(out)]) == 1
+    found = sorted(p.name for p in out.iterdir())
+    assert found == ["golden.json", "gpu.log", "nvidia-h100.json", "summary.json"]
+    facts = json.loads((out / "summary.json").read_text())
+    assert facts["stages"]["build"].startswith("ok") and "127" in facts["stages"]["tests"]
+    assert "absent" in (out / "gpu.log").read_text() and "build: ok" in capsys.readouterr().out
+
+
+def test_the_program_for_sanitizers_runs_every_op(monkeypatch, capsys):
+    import sanitized_ops
+
+    monkeypatch.setattr(sanitized_ops, "DTYPES", (torch.float32,))
+    names = [name for name, _ in sanitized_ops.calls("cpu", "cpu")]
+    assert {n.split("-")[0] for n in names} == {s.op for s in sanitized_ops.SAMPLES}
+    assert sanitized_ops.main("cpu", "cpu") == 0
+    assert f"{len(names)} calls ran, 0 failed, 0 were refused" in capsys.readouterr().out
+    assert sanitized_ops.main("cpu", "cuda") == 1
+
+
+def test_a_budget_gives_every_op_its_share(monkeypatch):
+    cases = [case(lambda: [X.sin()]) for _ in range(5)]
+    cases = [dataclasses.replace(c, op=op) for c, op in zip(cases, "aaabb", strict=True)]
+    assert [c.op for c in run.in_turns(cases)] == list("ababa")
+    monkeypatch.setattr(run, "measure_roofline", lambda *_: ROOFLINE)
+    facts, rows, failures = run.run(cases, "cpu", run.Manner(0.01), budget=-1.0)
+    assert facts["left_out"] == 5 and not rows and not failures

@@ -15,6 +15,7 @@ from vitkit.benchmarks import report
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = [
+    "vitkit.attention_map",
     "vitkit.backends",
     "vitkit.ops.dilated_attention",
     "vitkit.ops.flash_attention",

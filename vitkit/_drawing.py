@@ -21,13 +21,13 @@ COLOURS = {
 INK, BEFORE, AFTER, LINE, BAD = COLOURS.values()
 
 
-def figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
-    """A transparent figure in inches, and its axes (a list with more than one column)."""
+def figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
+    """A transparent figure in inches, and its axes (a list, row by row, if there are several)."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(width, height), layout="constrained")
     drawn.patch.set_alpha(0)
-    axes = drawn.subplots(1, columns, squeeze=False)[0]
+    axes = drawn.subplots(rows, columns, squeeze=False).ravel()
     for a in axes:
         a.patch.set_alpha(0)
         for spine in ("top", "right"):
@@ -37,7 +37,7 @@ def figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
         a.tick_params(which="both", colors=INK)
         for text in (a.xaxis.label, a.yaxis.label, a.title):
             text.set_color(INK)
-    return drawn, axes[0] if columns == 1 else list(axes)
+    return drawn, axes[0] if len(axes) == 1 else list(axes)
 
 
 def svg(drawn: Any, label: str) -> str:

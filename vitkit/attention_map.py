@@ -21,12 +21,16 @@ def attention_map(
     """``softmax(scale * q[rows] k^T + bias)``: what chosen queries attend, and nothing else of the
     [Nq, Nk] matrix that :func:`vitkit.flash_attention` never makes.
 
+    Plain PyTorch on every device: 2·B·H·R·Nk·D operations and B·H·R·Nk numbers for R rows. Queries
+    and keys of a patched model: ``vitkit.demo.rollout.AttentionCalls``.
+
     Args:
         q: [B, Nq, H, D].
         k: [B, Nk, H, D], dtype and device of q.
         rows: queries, an integer or R of them; negative ones count from the end. Row 0 is what the
             class token attends.
-        bias: broadcastable to [B, H, Nq, Nk], added to the scores, or bool, True = attend.
+        bias: broadcastable to [B, H, Nq, Nk], added to the scores, or bool, True = attend;
+            a compact one as its ``dense(q.dtype)``.
         causal: query i attends keys j <= i.
         scale: D ** -0.5 if None.
 
@@ -35,7 +39,9 @@ def attention_map(
         query may attend nothing. With gradients for q, k and bias.
 
     Raises:
-        TypeError, ValueError: an argument breaks a rule above.
+        TypeError: q, k or bias is no floating tensor (bias may be bool), rows are no integers, or
+            k has another dtype than q.
+        ValueError: shapes do not fit, a row lies outside -Nq..Nq-1, or devices differ.
 
     Example:
         >>> import torch, vitkit
@@ -70,7 +76,8 @@ def attention_map(
 def _chosen(rows: torch.Tensor | list[int] | int, q: torch.Tensor) -> torch.Tensor:
     found = torch.as_tensor(rows, device=q.device)
     found = found[None] if found.dim() == 0 else found
-    if found.dim() != 1 or (found.numel() and (found.is_floating_point() or found.is_complex())):
+    whole = not (found.dtype == torch.bool or found.is_floating_point() or found.is_complex())
+    if found.dim() != 1 or (found.numel() and not whole):
         raise TypeError(f"{NAME}: rows must be an integer or a list of them, got {rows!r}")
     n = q.shape[1]
     if found.numel() and not (-n <= int(found.min()) and int(found.max()) < n):
@@ -89,6 +96,9 @@ def _with_bias(
     full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     if not isinstance(bias, torch.Tensor):
         raise TypeError(f"{NAME}: bias must be a tensor, got {type(bias).__name__}")
+    if bias.dtype != torch.bool:
+        check_floating(NAME, "bias", bias)
+    check_same_device(NAME, "bias", bias, q, "q")
     try:
         picked = bias.expand(full)[:, :, chosen]  # a view, then its rows
     except RuntimeError:
