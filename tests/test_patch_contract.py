@@ -1,0 +1,124 @@
+"""What patch promises of every host: kernels called, numbers and gradients kept in eval and in
+train mode, the state_dict left as it was, copies that keep the patch, an exact undo, one graph under
+torch.compile, checkpointing and LoRA."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from patch_hosts import CASES
+from patching import assert_same_numbers, floating, snapshot
+from torch.utils.checkpoint import checkpoint
+
+import vitkit
+from vitkit.verify import KernelCalls
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+every_host = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def forwards(calls):
+    return {op.removesuffix("_fwd"): calls.total(op) for op in calls.counts if op.endswith("_fwd")}
+
+
+def output(model, case):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return floating(model(*case.inputs, **case.kwargs))
+
+
+@every_host
+def test_same_numbers_and_gradients(case):
+    model = case.model()
+    before = snapshot(model)
+    for training in (False, True):
+        calls = assert_same_numbers(model.train(training), case.inputs, case.kwargs)
+        assert forwards(calls).items() >= case.kernels.items()
+        attention = next(iter(case.kernels))
+        assert calls.total(f"{attention}_bwd") == case.kernels[attention]
+    assert snapshot(model.eval()) == before
+
+
+@every_host
+def test_state_copies_and_a_second_patch(case):
+    model = case.model()
+    state = {k: (v.data_ptr(), v.dtype) for k, v in model.state_dict().items()}
+    before = snapshot(model)
+    vitkit.patch(model)
+    assert {k: (v.data_ptr(), v.dtype) for k, v in model.state_dict().items()} == state
+    once, expected = snapshot(model), output(model, case)
+    again = vitkit.patch(model, backend="reference")
+    assert again.replaced == [] and again.already > 0 and snapshot(model) == once
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with KernelCalls() as calls:
+            for found, wanted in zip(output(twin, case), expected, strict=True):
+                assert torch.equal(found, wanted)
+        assert forwards(calls).items() >= case.kernels.items()
+        assert vitkit.unpatch(twin) > 0 and not vitkit.is_patched(twin)
+    assert vitkit.unpatch(model) > 0 and snapshot(model).__repr__() == before.__repr__()
+    assert vitkit.unpatch(model) == 0
+
+
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.compiles])
+def test_compiles_in_one_graph(name):
+    case = CASES[name]
+    model = case.model()
+    vitkit.patch(model)
+    expected = output(model, case)
+    targets = []
+
+    def record(graph, example_inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch._dynamo.reset()
+    found = output(torch.compile(model, fullgraph=True, backend=record), case)
+    torch.testing.assert_close(found, expected)
+    for op, count in case.kernels.items():
+        assert sum(f"vitkit.{op}_fwd" in t for t in targets) == count
+
+
+class Checkpointed(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs, **kwargs):
+        return checkpoint(self.model, *inputs, use_reentrant=False, **kwargs)
+
+
+@every_host
+def test_checkpointed(case):
+    calls = assert_same_numbers(Checkpointed(case.model().train()), case.inputs, case.kwargs)
+    attention = next(iter(case.kernels))
+    assert forwards(calls)[attention] == 2 * case.kernels[attention]
+
+
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.lora])
+def test_lora(name):
+    """Adapters that change what they are on; put on before the patch, and after it."""
+    peft = pytest.importorskip("peft")
+    case = CASES[name]
+    config = peft.LoraConfig(r=2, target_modules=list(case.lora), init_lora_weights=False)
+    attention = next(iter(case.kernels))
+
+    def adapted(model):
+        torch.manual_seed(1)
+        return peft.inject_adapter_in_model(config, model).eval()
+
+    model = adapted(case.model())
+    report = vitkit.patch(model, dry_run=True)
+    if case.left:
+        assert sum(case.left in s.reason for s in report.skipped) == case.kernels[attention]
+        return
+    calls = assert_same_numbers(model, case.inputs, case.kwargs)
+    assert forwards(calls)[attention] == case.kernels[attention]
+    plain = output(case.model(), case)
+    expected = output(model, case)
+    assert any((a - b).abs().max() > 1e-4 for a, b in zip(plain, expected, strict=True))
+    later = case.model()
+    vitkit.patch(later)
+    torch.testing.assert_close(output(adapted(later), case), expected, rtol=1e-3, atol=1e-4)
