@@ -111,10 +111,9 @@ def _diffusers(name, **options):
 
 
 _UNET = {
-    "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4,
-    "attention_head_dim": 1, "cross_attention_dim": 24,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "sample_size": 8, "block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4,
+    "attention_head_dim": 1, "cross_attention_dim": 24, "mid_block_type": None,
+    "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",),
 }  # fmt: skip
 _DIT = {
     "sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 2, "attention_head_dim": 16,
@@ -260,7 +259,7 @@ CASES: dict[str, Case] = {
     # ---- diffusers ----
     "diffusers_unet": Case(
         "diffusers", _diffusers("UNet2DConditionModel", **_UNET), [LATENT, STEPS, TEXT],
-        {"flash_attention": 8, "group_norm_silu": 21, "geglu": 4}, lora=("to_q", "to_out.0"),
+        {"flash_attention": 6, "group_norm_silu": 10, "geglu": 3}, lora=("to_q", "to_out.0"),
     ),
     "diffusers_vae": Case(
         "diffusers",

@@ -1,6 +1,6 @@
 """What patch promises of every host: kernels called, numbers and gradients kept in eval and in
-train mode, the state_dict left as it was, copies that keep the patch, an exact undo, one graph under
-torch.compile, checkpointing and LoRA."""
+train mode, the state_dict left as it was, copies that keep the patch, an exact undo, one graph
+under torch.compile, checkpointing and LoRA."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pickle
 
 import pytest
 import torch
+from numerics import assert_parity
 from patch_hosts import CASES
-from patching import assert_same_numbers, floating, snapshot
+from patching import assert_same_numbers, floating, in_double, snapshot
 from torch.utils.checkpoint import checkpoint
 
 import vitkit
@@ -24,42 +25,50 @@ def forwards(calls):
     return {op.removesuffix("_fwd"): calls.total(op) for op in calls.counts if op.endswith("_fwd")}
 
 
-def output(model, case):
+def output(model, case, cast=list):
     torch.manual_seed(0)
+    names, values = list(case.kwargs), list(case.kwargs.values())
     with torch.no_grad():
-        return floating(model(*case.inputs, **case.kwargs))
+        return floating(model(*cast(case.inputs), **dict(zip(names, cast(values), strict=True))))
 
 
 @every_host
 def test_same_numbers_and_gradients(case):
+    """In train mode with gradients, in eval mode without, where hosts take other paths."""
     model = case.model()
     before = snapshot(model)
-    for training in (False, True):
-        calls = assert_same_numbers(model.train(training), case.inputs, case.kwargs)
-        assert forwards(calls).items() >= case.kernels.items()
-        attention = next(iter(case.kernels))
-        assert calls.total(f"{attention}_bwd") == case.kernels[attention]
-    assert snapshot(model.eval()) == before
+    calls = assert_same_numbers(model.train(), case.inputs, case.kwargs)
+    assert forwards(calls).items() >= case.kernels.items()
+    attention = next(iter(case.kernels))
+    assert calls.total(f"{attention}_bwd") == case.kernels[attention]
+
+    exact = output(copy.deepcopy(model.eval()).double(), case, in_double)
+    eager = output(model, case)
+    with vitkit.patched(model), KernelCalls() as calls:
+        actual = output(model, case)
+    assert calls.total(f"{attention}_fwd") == case.kernels[attention]
+    for i, (a, e, x) in enumerate(zip(actual, eager, exact, strict=True)):
+        assert_parity(f"output {i}", a, e, x, terms=1024)
+    assert snapshot(model) == before
 
 
 @every_host
 def test_state_copies_and_a_second_patch(case):
     model = case.model()
-    state = {k: (v.data_ptr(), v.dtype) for k, v in model.state_dict().items()}
     before = snapshot(model)
     vitkit.patch(model)
-    assert {k: (v.data_ptr(), v.dtype) for k, v in model.state_dict().items()} == state
-    once, expected = snapshot(model), output(model, case)
+    assert snapshot(model)[1:] == before[1:]  # the state_dict and the parameters
+    with KernelCalls() as calls:
+        once, expected = snapshot(model), output(model, case)
     again = vitkit.patch(model, backend="reference")
     assert again.replaced == [] and again.already > 0 and snapshot(model) == once
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with KernelCalls() as calls:
-            for found, wanted in zip(output(twin, case), expected, strict=True):
-                assert torch.equal(found, wanted)
-        assert forwards(calls).items() >= case.kernels.items()
+        with KernelCalls() as found:
+            assert all(map(torch.equal, output(twin, case), expected))
+        assert found.counts == calls.counts
         assert vitkit.unpatch(twin) > 0 and not vitkit.is_patched(twin)
-    assert vitkit.unpatch(model) > 0 and snapshot(model).__repr__() == before.__repr__()
-    assert vitkit.unpatch(model) == 0
+    assert vitkit.unpatch(model) > 0 and snapshot(model) == before
+    assert vitkit.unpatch(model) == 0 and snapshot(model) == before
 
 
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.compiles])
