@@ -46,7 +46,8 @@ def attend_jointly(m: Any, hidden_states: torch.Tensor, text: torch.Tensor | Non
         ]  # fmt: skip
         texts = [_heads(p, norm, text, m.heads) for p, norm in added]
         parts = [torch.cat(pair, dim=1) for pair in zip(parts, texts, strict=True)]
-    out = nn.attend(m, *parts).flatten(2).to(parts[0].dtype)
+    q, k, v = parts
+    out = nn.attend(m, q, k, v).flatten(2).to(q.dtype)
     if text is None:
         return m.to_out[1](m.to_out[0](out))
     out, text = out[:, :images], out[:, images:]

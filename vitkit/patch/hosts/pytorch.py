@@ -36,12 +36,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask,
                 average_attn_weights, is_causal,
             )  # fmt: skip
-        tokens = [query, key, value]
         if not self.batch_first:
             same = query is key and key is value
-            tokens = [query.transpose(0, 1)] * 3 if same else [t.transpose(0, 1) for t in tokens]
-        mask = None if causal else self._mask(tokens[0], attn_mask, key_padding_mask)
-        out = attend_heads(self, *tokens, mask, causal)
+            query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+            # They stay one tensor, of which one product makes all three.
+            key, value = (query, query) if same else (key, value)
+        mask = None if causal else self._mask(query, attn_mask, key_padding_mask)
+        out = attend_heads(self, query, key, value, mask, causal)
         out = linear(out, self.out_proj.weight, self.out_proj.bias)
         return out if self.batch_first else out.transpose(0, 1), None
 

@@ -94,7 +94,8 @@ class SamAttention(sam.Attention):
             tables = sam.get_rel_pos(h, h, self.rel_pos_h), sam.get_rel_pos(w, w, self.rel_pos_w)
             bias = decomposed_bias(q, *tables)
         elif self.rope is not None:
-            q, k = (t.type_as(v) for t in rotated(self, q, k, self.rope.get_embed()))
+            rope: Any = self.rope
+            q, k = (t.type_as(v) for t in rotated(self, q, k, rope.get_embed()))
         out = nn.attend(self, q, k, v, bias).flatten(2).unflatten(1, (h, w))
         return self.proj_drop(self.proj(out))
 
@@ -104,12 +105,13 @@ class RelPosAttention(relpos.RelPosAttention):
 
     def forward(self, x, shared_rel_pos=None):
         # With positions of its own and shared ones, timm's two paths disagree.
-        both = self.rel_pos is not None and shared_rel_pos is not None
-        if both or needs_host(self) or watched(self.rel_pos):
+        own: Any = self.rel_pos
+        both = own is not None and shared_rel_pos is not None
+        if both or needs_host(self) or watched(own):
             return super().forward(x, shared_rel_pos)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         q, k = self.q_norm(q), self.k_norm(k)
-        bias = shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias()
+        bias = shared_rel_pos if own is None else own.get_bias()
         return self.proj_drop(self.proj(nn.attend(self, q, k, v, bias).flatten(2)))
 
 

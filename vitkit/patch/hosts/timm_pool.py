@@ -40,7 +40,14 @@ def _needs_all(m: Any) -> bool:
     return (m.training and m.drop.p > 0) or not plain or watched(m.drop, m.proj)
 
 
-def _pooled(m: Any, q, k, v, size: torch.Size, pre_logits: bool) -> torch.Tensor:
+def _pooled(
+    m: Any,
+    q: torch.Tensor,  # [B, N, H, D]
+    k: torch.Tensor,
+    v: torch.Tensor,
+    size: torch.Size,  # (H, W) of the map
+    pre_logits: bool,
+) -> torch.Tensor:
     first = m.pool_type == "token" and not _needs_all(m)
     out = m.drop(nn.attend(m, q[:, :1] if first else q, k, v).flatten(2))
     return m._pool(out if pre_logits else m.proj(out), *size)
@@ -55,7 +62,8 @@ class AttentionPool2d(pool2d.AttentionPool2d):
         x = x + resample_abs_pos_embed(
             self.pos_embed.unsqueeze(0), tuple(size), old_size=self.feat_size, num_prefix_tokens=1
         )
-        return _pooled(self, *_heads(self, x), size, pre_logits)
+        q, k, v = _heads(self, x)
+        return _pooled(self, q, k, v, size, pre_logits)
 
 
 class RotAttentionPool2d(pool2d.RotAttentionPool2d):
@@ -64,7 +72,8 @@ class RotAttentionPool2d(pool2d.RotAttentionPool2d):
     def forward(self, x, pre_logits=False):
         size = x.shape[2:]
         q, k, v = _heads(self, _tokens(self, x))
-        rope = self.pos_embed.get_embed(tuple(size))
+        positions: Any = self.pos_embed
+        rope = positions.get_embed(tuple(size))
         if isinstance(rope, tuple):
             rope = torch.cat(rope, dim=-1)
         q, k = (t.type_as(v) for t in rotated(self, q, k, rope))

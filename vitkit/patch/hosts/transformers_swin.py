@@ -115,7 +115,8 @@ def _plan_v1(module: Any) -> Replacement | str:
 
 
 def _plan_v2(module: Any) -> Replacement | str:
-    m, exact = getattr(module.attention, "self", None), {v2.Swinv2SelfAttention}
+    m: Any = getattr(module.attention, "self", None)
+    exact = {v2.Swinv2SelfAttention}
     if type(m) not in exact or type(module.attention) is not v2.Swinv2Attention:
         return f"its attention is a {type(m).__name__}: it may compute something else"
     reason = _why_not_heads(m.attention_head_size)
