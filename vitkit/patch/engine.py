@@ -135,8 +135,8 @@ def patch(
     before ``torch.compile``, DDP and FSDP wrap it.
 
     Args:
-        model: a model of timm, diffusers or torchvision, or any module holding some of theirs or
-            of torch's.
+        model: a model of timm, transformers, diffusers, torchvision or ``vitkit.models``, or any
+            module holding some of theirs or of torch's.
         backend: what the replaced modules run on; see ``vitkit.flash_attention``.
         strict: raise if anything that could have been replaced is left, or if there is nothing to
             replace.

@@ -90,11 +90,12 @@ class FluxAttention(flux.FluxAttention):
                 hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs
             )
         text = encoder_hidden_states
+        # By head_dim: of a module that is split over devices fewer heads are here.
         found = flux._get_qkv_projections(self, hidden_states, text)
-        parts = [t.unflatten(-1, (self.heads, -1)) for t in found[:3]]
+        parts = [t.unflatten(-1, (-1, self.head_dim)) for t in found[:3]]
         parts[:2] = self.norm_q(parts[0]), self.norm_k(parts[1])
         if self.added_kv_proj_dim is not None:
-            added = [t.unflatten(-1, (self.heads, -1)) for t in found[3:]]
+            added = [t.unflatten(-1, (-1, self.head_dim)) for t in found[3:]]
             added[:2] = self.norm_added_q(added[0]), self.norm_added_k(added[1])
             parts = [torch.cat(pair, dim=1) for pair in zip(added, parts, strict=True)]
         q, k, v = parts
