@@ -238,6 +238,75 @@ def test_attention_refused(options, processor, reason):
     assert reason in report.skipped[0].reason and type(module) is Attention
 
 
+def test_fused_projections_are_diffusers_own():
+    """Before the patch: refused with the reason. After it: the fused processor runs."""
+    module = attention()
+    module.fuse_projections()
+    module.set_processor(processors.FusedAttnProcessor2_0())
+    assert "its processor is FusedAttnProcessor2_0" in vitkit.patch(module).skipped[0].reason
+    later = attention()
+    x = randn(2, 16, 32)
+    expected = later(x)
+    vitkit.patch(later)
+    later.fuse_projections()
+    later.set_processor(processors.FusedAttnProcessor2_0())
+    with KernelCalls() as calls:
+        torch.testing.assert_close(later(x), expected)
+    assert calls.counts == {}
+
+
+# ---- text and images in one sequence ----
+
+
+def flux_attention(**options):
+    from diffusers.models.transformers.transformer_flux import FluxAttention
+
+    added = {"added_kv_proj_dim": 32, "context_pre_only": False}
+    return seeded(
+        FluxAttention(**{"query_dim": 32, "heads": 2, "dim_head": 16, **added, **options})
+    )
+
+
+def flux_inputs():
+    table = torch.randn(9, 16, generator=torch.Generator().manual_seed(3))
+    return [randn(2, 6, 32), randn(2, 3, 32, seed=2)], {
+        "image_rotary_emb": (table.cos(), table.sin())
+    }
+
+
+@pytest.mark.parametrize("bias", [None, randn(1, 1, 9, 9)], ids=["", "masked"])
+def test_flux_attention_with_fused_projections(bias):
+    module = flux_attention(bias=True)
+    inputs, kwargs = flux_inputs()
+    expected = module(*inputs, bias, **kwargs)
+    module.fuse_projections()
+    vitkit.patch(module)
+    with KernelCalls() as calls:
+        found = module(*inputs, bias, **kwargs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert calls.counts == {"rope_2d_fwd": {"cpu": 1}, "flash_attention_fwd": {"cpu": 1}}
+
+
+def test_flux_keeps_the_backend_that_was_chosen():
+    inputs, kwargs = flux_inputs()
+    module = flux_attention()
+    expected = module(*inputs, **kwargs)
+    vitkit.patch(module)
+    module.set_attention_backend("_native_math")
+    with KernelCalls() as calls:
+        torch.testing.assert_close(module(*inputs, **kwargs), expected, rtol=1e-4, atol=1e-4)
+    assert calls.counts == {}
+    vitkit.unpatch(module)
+    assert "backend of diffusers other than 'native'" in vitkit.patch(module).skipped[0].reason
+
+
+def test_sd3_attention_whose_text_is_not_projected_back():
+    options = {"added_kv_proj_dim": 32, "context_pre_only": True, "qk_norm": "rms_norm"}
+    module = attention(**options, processor=processors.JointAttnProcessor2_0())
+    calls = assert_same_numbers(module, [randn(2, 6, 32), randn(2, 3, 32, seed=2)])
+    assert calls.counts["flash_attention_fwd"] == {"cpu": 1}
+
+
 # ---- whole models ----
 
 
@@ -327,24 +396,6 @@ def test_unet_saves_and_loads_unchanged(tmp_path):
     assert not vitkit.is_patched(loaded)
     assert loaded.state_dict().keys() == expected.keys()
     assert all(torch.equal(v, expected[k]) for k, v in loaded.state_dict().items())
-
-
-def test_unet_compiles_in_one_graph():
-    model = unet().eval()
-    vitkit.patch(model)
-    expected = model(*UNET_INPUTS).sample
-    found = []
-
-    def record(graph, example_inputs):
-        found.extend(str(n.target) for n in graph.graph.nodes)
-        return graph
-
-    torch._dynamo.reset()
-    with torch.no_grad():
-        actual = torch.compile(model, fullgraph=True, backend=record)(*UNET_INPUTS).sample
-    torch.testing.assert_close(actual, expected)
-    assert sum("flash_attention" in t for t in found) == 8
-    assert sum("group_norm_silu" in t for t in found) == 21
 
 
 def test_ddpm_unet():

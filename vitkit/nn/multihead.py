@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -53,21 +55,30 @@ class MultiheadAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """x [B, Nq, dim], context [B, Nk, context_dim] (x if None), mask as the bias of
         ``vitkit.flash_attention`` -> [B, Nq, dim]"""
-        if context is None and self.in_proj_weight is not None:
-            qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-            q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        else:
-            q, k, v = self._project(x, x if context is None else context)
-        return self.out_proj(attend(self, q, k, v, mask).flatten(2))
+        context = x if context is None else context
+        return self.out_proj(attend_heads(self, x, context, context, mask))
 
-    def _project(self, x: torch.Tensor, context: torch.Tensor) -> list[torch.Tensor]:
-        if self.in_proj_weight is not None:
-            weights = self.in_proj_weight.chunk(3)
-        else:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)  # type: ignore[assignment]
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        inputs = (x, context, context)
-        return [
-            F.linear(t, w, b).unflatten(-1, (self.num_heads, -1))
-            for t, w, b in zip(inputs, weights, biases, strict=True)
-        ]
+
+def attend_heads(
+    m: Any,  # anything with the parameters of torch.nn.MultiheadAttention
+    query: torch.Tensor,  # [B, Nq, E]
+    key: torch.Tensor,  # [B, Nk, Ek]
+    value: torch.Tensor,  # [B, Nk, Ev]
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """What ``torch.nn.MultiheadAttention`` computes before its output projection: [B, Nq, E]"""
+    if query is key and key is value and m.in_proj_weight is not None:
+        qkv = F.linear(query, m.in_proj_weight, m.in_proj_bias)
+        q, k, v = qkv.unflatten(-1, (3, m.num_heads, -1)).unbind(2)
+        return attend(m, q, k, v, mask, causal).flatten(2)
+    if m.in_proj_weight is not None:
+        weights = m.in_proj_weight.chunk(3)
+    else:
+        weights = (m.q_proj_weight, m.k_proj_weight, m.v_proj_weight)
+    biases = (None,) * 3 if m.in_proj_bias is None else m.in_proj_bias.chunk(3)
+    q, k, v = (
+        F.linear(t, w, b).unflatten(-1, (m.num_heads, -1))
+        for t, w, b in zip((query, key, value), weights, biases, strict=True)
+    )
+    return attend(m, q, k, v, mask, causal).flatten(2)

@@ -56,6 +56,17 @@ def _why_untouchable(module: torch.nn.Module) -> str | None:
     return None
 
 
+# What a class that vitkit could accelerate is called.
+_KNOWN_BY_NAME = ("Attention", "ClassAttn", "HeadAttn", "ResnetBlock")
+_ATTENTION = ("flash_attention", "window_attention")
+
+
+def _holds_attention(module: torch.nn.Module, rules: list[Rule]) -> bool:
+    """Whether the module only wraps attention that a rule speaks for."""
+    attention = [rule for rule in rules if rule.op in _ATTENTION]
+    return any(r.matches(m) for m in module.modules() if m is not module for r in attention)
+
+
 def _why_no_rule(module: torch.nn.Module, rules: list[Rule]) -> str | None:
     """The reason to list a module no rule speaks for: it looks like what vitkit accelerates."""
     name = type(module).__name__
@@ -65,7 +76,7 @@ def _why_no_rule(module: torch.nn.Module, rules: list[Rule]) -> str | None:
     if parent is not None:
         origin = parent.__module__.split(".")[0]
         return f"a subclass of {origin}'s {parent.__name__}: it may compute something else"
-    if name.endswith("Attention") or "ResnetBlock" in name:
+    if any(part in name for part in _KNOWN_BY_NAME) and not _holds_attention(module, rules):
         rules_of_host = _rules_of(host) if host in HOSTS else ()
         unloaded = rules_of_host if isinstance(rules_of_host, str) else None
         return unloaded or f"no rule for {host}'s {name}"
@@ -91,6 +102,8 @@ class _Survey:
 
     def plan(self, module: torch.nn.Module) -> Replacement | str | None:
         """A replacement, the reason the module is left, None if it is of no concern."""
+        if type(module).__module__.split(".")[0] == "vitkit":
+            return self._plan_own(module)
         rule = next((r for r in self.rules if r.matches(module)), None)
         if rule is None:
             return _why_no_rule(module, self.rules)
@@ -99,6 +112,14 @@ class _Survey:
         if not isinstance(found, Replacement):
             return found
         return self.why_no_kernel(module, rule.op) or found
+
+    def _plan_own(self, module: torch.nn.Module) -> Replacement | None:
+        """A module of vitkit's own is on kernels already, unless it was made for another backend
+        than the one asked for."""
+        current = getattr(module, "vitkit_backend", "auto")
+        if current == self.backend:
+            return None
+        return Replacement(f"backend {self.backend!r}", (), note=f"was on {current!r}")
 
 
 def patch(
@@ -114,8 +135,8 @@ def patch(
     before ``torch.compile``, DDP and FSDP wrap it.
 
     Args:
-        model: a model of timm, diffusers or torchvision, or any module holding some of theirs or
-            of torch's.
+        model: a model of timm, transformers, diffusers, torchvision or ``vitkit.models``, or any
+            module holding some of theirs or of torch's.
         backend: what the replaced modules run on; see ``vitkit.flash_attention``.
         strict: raise if anything that could have been replaced is left, or if there is nothing to
             replace.
@@ -160,7 +181,7 @@ def _survey(model: torch.nn.Module, backend: str) -> tuple[Report, list[Change]]
         if _UNDO in module.__dict__:
             report.already += 1
             continue
-        if id(module) in covered or type(module).__module__.split(".")[0] == "vitkit":
+        if id(module) in covered:
             continue
         found = survey.plan(module)
         if isinstance(found, Replacement):

@@ -1,4 +1,5 @@
-"""Rules for diffusers: attention of U-Nets and VAEs, and every GroupNorm with what surrounds it.
+"""Rules for diffusers: attention of U-Nets, VAEs, DiT and SD3, and every GroupNorm with what
+surrounds it.
 
 ``set_attention_backend`` has no effect on these models, whose attention processors call torch
 directly. A replaced Attention keeps its processor and looks at it on every call: one that is set
@@ -17,6 +18,8 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from vitkit import nn
+from vitkit.patch.hosts.diffusers_joint import RULES as JOINT_RULES
+from vitkit.patch.hosts.diffusers_joint import SD3, attend_jointly
 from vitkit.patch.hosts.diffusers_mlp import RULES as MLP_RULES
 from vitkit.patch.hosts.diffusers_norms import RULES as NORM_RULES
 from vitkit.patch.hosts.diffusers_patch import RULES as PATCH_RULES
@@ -36,11 +39,13 @@ PROCESSORS = (host.AttnProcessor2_0, host.AttnProcessor)
 
 
 class Attention(host.Attention):
-    """diffusers' Attention with AttnProcessor2_0 or AttnProcessor, on flash attention."""
+    """diffusers' Attention with AttnProcessor2_0, AttnProcessor or SD3's, on flash attention."""
 
     def forward(
         self, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, **kwargs
     ):
+        if type(self.processor) is host.JointAttnProcessor2_0 and not kwargs:
+            return attend_jointly(self, hidden_states, encoder_hidden_states)
         if type(self.processor) not in PROCESSORS or kwargs:
             if temb is not None:
                 kwargs["temb"] = temb
@@ -164,7 +169,7 @@ def _are_fused(norm: torch.nn.Module, activation: torch.nn.Module) -> bool:
 
 
 def _attention(module: Any) -> Replacement | str:
-    if type(module.processor) not in PROCESSORS:
+    if type(module.processor) not in (*PROCESSORS, host.JointAttnProcessor2_0):
         return f"its processor is {type(module.processor).__name__}"
     if getattr(module, "inner_kv_dim", module.inner_dim) != module.inner_dim:
         return "it has fewer key and value heads than query heads"
@@ -220,6 +225,7 @@ RULES = [
             (host.Attention.get_attention_scores, _SCORES),
             (host.AttnProcessor.__call__, _PROCESSOR),
             (host.AttnProcessor2_0.__call__, _PROCESSOR_SDPA),
+            *SD3,
         ),
     ),
     Rule(
@@ -232,6 +238,7 @@ RULES = [
         Rule(cls, "group_norm_silu", _norm_out)
         for cls in (UNet2DConditionModel, UNet2DModel, vae.Encoder, vae.Decoder)
     ),
+    *JOINT_RULES,
     *MLP_RULES,
     *NORM_RULES,
     *PATCH_RULES,

@@ -23,13 +23,21 @@ def asks_the_registry(module: torch.nn.Module) -> bool:
     return code is not None and REGISTRY in code.co_names
 
 
-def _plan(module: Any) -> Replacement | str:
+def why_not_implementation(module: Any) -> str | None:
+    """The reason that the attention function the module asks for is not one to stand in for."""
     current = module.config._attn_implementation
-    if current != "sdpa":
-        return (
-            f"its attention implementation is {current!r}, which may return weights or take other"
-            " masks: model.set_attn_implementation('sdpa') first"
-        )
+    if current == "sdpa":
+        return None
+    return (
+        f"its attention implementation is {current!r}, which may return weights or take other"
+        " masks: model.set_attn_implementation('sdpa') first"
+    )
+
+
+def _plan(module: Any) -> Replacement | str:
+    reason = why_not_implementation(module)
+    if reason:
+        return reason
     compat.register()
     config = copy.copy(module.config)
     # Not by its property, which would set the configs of other modules too.
