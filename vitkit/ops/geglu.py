@@ -163,7 +163,7 @@ def geglu(
     if _gated.differentiated(x, gate):
         if torch.compiler.is_compiling():
             x, gate = _library.distinct(x, gate)
-        return _GEGLU.apply(x, gate, gate_last, tanh, plan.overload)
+        return _library.apply(_GEGLU, x, gate, gate_last, tanh, plan.overload)
     return plan.fwd(x, gate, gate_last, tanh)
 
 

@@ -149,7 +149,7 @@ def swiglu(
     if _gated.differentiated(x, gate):
         if torch.compiler.is_compiling():
             x, gate = _library.distinct(x, gate)
-        return _SwiGLU.apply(x, gate, gate_last, plan.overload)
+        return _library.apply(_SwiGLU, x, gate, gate_last, plan.overload)
     return plan.fwd(x, gate, gate_last)
 
 
