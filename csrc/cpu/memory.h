@@ -27,4 +27,9 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
+template <typename Tensor>
+void prefer_huge_pages(Tensor& t) {
+  prefer_huge_pages(t.mutable_data_ptr(), t.numel() * int64_t(t.element_size()));
+}
+
 }  // namespace vitkit::cpu
