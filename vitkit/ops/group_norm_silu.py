@@ -280,11 +280,8 @@ def group_norm_silu(
     options = (weight, bias, add, scale, shift)
     if backend == "auto" == backends.DEFAULT and (silu or activation is None):
         try:
-            if _library.is_plain_cpu_call(x):
-                given = (x, num_groups, weight, bias, eps, silu, add, scale, shift)
-                if _library.differentiated(x, *options):
-                    return _library.apply(_GroupNormSilu, *given, "default")[0]
-                return _FWD(*given)[0]
+            if _library.is_plain_cpu_call(x) and not _library.differentiated(x, *options):
+                return _FWD(x, num_groups, weight, bias, eps, silu, add, scale, shift)[0]
         except Exception:
             pass  # refused: the checks below say why, or choose another backend
     if isinstance(x, torch.Tensor) and x.is_cuda and torch.is_autocast_enabled("cuda"):

@@ -243,9 +243,7 @@ def layer_norm_modulate(
     options = (shift, scale, weight, bias)
     if backend == "auto" == backends.DEFAULT:
         try:
-            if _library.is_plain_cpu_call(x):
-                if _library.differentiated(x, *options):
-                    return _library.apply(_LayerNormModulate, x, *options, eps, "default")[0]
+            if _library.is_plain_cpu_call(x) and not _library.differentiated(x, *options):
                 return _FWD(x, *options, eps)[0]
         except Exception:
             pass  # refused: the checks below say why, or choose another backend
