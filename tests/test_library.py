@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitkit
-from vitkit import backends
+from vitkit import _library, backends
 
 KERNEL_BACKENDS = {"cpu": ["cpu", "triton"], "cuda": ["cuda", "triton"]}
 every_sample = pytest.mark.parametrize("sample", SAMPLES, ids=str)
@@ -283,3 +283,48 @@ def test_meta_tensors_give_shapes():
     x = torch.empty(2, 8, 4, 4, device="meta").contiguous(memory_format=torch.channels_last)
     y = torch.ops.vitkit.group_norm_silu_fwd(x, 4, None, None, 1e-5, True, None, None, None)[0]
     assert y.stride() == x.stride()
+
+
+class _Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(x, exponent):
+        return x**exponent
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.exponent = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * ctx.exponent * x ** (ctx.exponent - 1), None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _library.vmap_by_loop(_Cube.apply, info, in_dims, args)
+
+
+def test_apply_is_that_of_the_function(monkeypatch):
+    """Eager calls take the twin, functorch's transforms the function itself; both differentiate
+    twice and bear its name."""
+    calls = []
+    kept = _Cube.apply
+    monkeypatch.setattr(_Cube, "apply", lambda *args: calls.append("itself") or kept(*args))
+
+    def cube(x):
+        return _library.apply(_Cube, x, 3)
+
+    x = torch.tensor([2.0, -1.0], dtype=torch.float64, requires_grad=True)
+    y = cube(x)
+    (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    assert not calls
+    assert type(y.grad_fn).__name__ == "_CubeBackward"
+    torch.testing.assert_close(first, 3 * x**2)
+    torch.testing.assert_close(second, 6 * x)
+    torch.testing.assert_close(torch.func.grad(lambda t: cube(t).sum())(x.detach()), 3 * x**2)
+    assert calls
+    calls.clear()
+    torch.testing.assert_close(torch.func.vmap(cube)(x.detach()), x.detach() ** 3)
+    assert calls

@@ -89,7 +89,7 @@ MUTANTS = {
         "join_pairs(sums.dz_xhat, n);\n", "",
     ),
     "a block of rows has the statistics of its first": (
-        "layer_norm_modulate", "avx512-emulated", "layer_norm_modulate_kernel.cpp",
+        "layer_norm_modulate", "avx512-emulated", "norm/rows.h",
         "m[r] = splat(mean[r])", "m[r] = splat(mean[0])",
     ),
     "gates of the first segment serve all": (
@@ -99,6 +99,9 @@ MUTANTS = {
     "pixels beyond a padded image are black instead of the mean": (
         "patch_embed", "amx-emulated", "patch/pixels.h", "kBytes ? p.padding[k + i] : 0.f",
         "kBytes ? -p.centre[k + i] : 0.f",
+    ),
+    "neighbouring patches are all the first": (
+        "patch_embed", "avx512-emulated", "patch/pixels.h", "load(from + i * p.run)", "load(from)",
     ),
     "later tokens replace the weight's gradient of earlier ones": (
         "patch_embed", "avx512-emulated", "patch_embed_bwd_kernel.cpp",

@@ -140,9 +140,3 @@ def promoted(x: Any, gate: Any) -> tuple[Any, Any]:
         dtype = torch.promote_types(x.dtype, gate.dtype)
         return x.to(dtype), gate.to(dtype)
     return x, gate
-
-
-def differentiated(x: torch.Tensor, gate: torch.Tensor | None) -> bool:
-    """Whether autograd wants to hear of this call."""
-    wanted = x.requires_grad or (gate is not None and gate.requires_grad)
-    return torch.is_grad_enabled() and wanted

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import itertools
 import os
 import sys
@@ -217,6 +216,11 @@ def is_plain_cpu_call(x: torch.Tensor) -> bool:
     return True
 
 
+def differentiated(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd wants to hear of a call on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def layout_key(*values: Any) -> Any:
     """All that validation and backend choice depend on; None while tracing, and for arguments of
     types that no check will let pass."""
@@ -330,12 +334,32 @@ def readable_rows(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return (t if t.dtype in (x.dtype, torch.float32) else t.float()).contiguous()
 
 
-def signature_read_once(function: type) -> type:
-    """Decorates an ``autograd.Function``: torch binds the arguments of every call to the signature
-    of its ``forward``, and reading that anew costs more than a small kernel."""
-    forward: Any = function.forward  # type: ignore[attr-defined]
-    forward.__signature__ = inspect.signature(forward)
-    return function
+def apply(function: type, *args: Any) -> Any:
+    """``function.apply(*args)`` of an ``autograd.Function`` that keeps ``forward`` and
+    ``setup_context`` apart, as functorch's transforms and Dynamo want it.
+
+    Outside of those torch binds the arguments of every such call to the signature of ``forward``,
+    which costs more than a small kernel; a twin that does both at once is spared that.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)  # type: ignore[attr-defined]
+    twin = _eager_twins.get(function)
+    if twin is None:
+        twin = _eager_twins[function] = _eager_twin(function)
+    return twin.apply(*args)
+
+
+_eager_twins: dict[type, Any] = {}
+
+
+def _eager_twin(function: Any) -> Any:
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(function.__name__, (torch.autograd.Function,), methods)
 
 
 def vmap_by_loop(

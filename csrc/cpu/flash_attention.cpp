@@ -12,6 +12,7 @@
 #include "attention/schedule.h"
 #include "check.h"
 #include "isa.h"
+#include "memory.h"
 
 VITKIT_ISA_TABLE(FlashForwardKernels, flash_forward_kernels)
 
@@ -39,6 +40,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const AttentionArguments& arg
   const AttentionInputs& in = arguments.in;
   const bool packed = arguments.packed();
   Tensor out = torch::stable::new_empty(q, q.sizes());
+  prefer_huge_pages(out);
   const std::vector<int64_t> lse_sizes = packed ? std::vector<int64_t>{in.heads, in.nq}
                                                 : std::vector<int64_t>{in.batch, in.heads, in.nq};
   Tensor lse = torch::stable::new_empty(q, lse_sizes, ScalarType::Float);

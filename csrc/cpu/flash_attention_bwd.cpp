@@ -11,6 +11,7 @@
 #include "attention/schedule.h"
 #include "check.h"
 #include "isa.h"
+#include "memory.h"
 #include "small_tensor.h"
 
 VITKIT_ISA_TABLE(FlashBackwardKernels, flash_backward_kernels)
@@ -206,6 +207,7 @@ Gradients differentiate(const AttentionArguments& arguments, const Saved& saved,
 
   Gradients to{torch::stable::new_empty(q, q.sizes()), torch::stable::new_empty(k, k.sizes()),
                torch::stable::new_empty(v, v.sizes()), std::nullopt};
+  for (Tensor* t : {&to.dq, &to.dk, &to.dv}) prefer_huge_pages(*t);
   const bool empty = q.numel() == 0 || k.numel() == 0;
   if (empty || !arguments.covers_queries()) torch::stable::zero_(to.dq);
   if (empty || !arguments.covers_keys()) {

@@ -100,7 +100,11 @@ void column_statistics(const GroupNormForward& p, int64_t n, Range range, float*
     const float weight = float(done) * share;
     each_vector(channels, [&](int64_t c, auto count) {
       f32v sum = {}, squares = {};
-      for (int64_t r = 0; r < rows; ++r) sum += load_partial(x + r * channels + c, count);
+      for (int64_t r = 0; r < rows; ++r) {
+        sum += load_partial(x + r * channels + c, count);
+        // The next block: no hardware foresees steps this wide.
+        __builtin_prefetch(x + (rows + r) * channels + c, 0, 2);
+      }
       const f32v block_mean = sum * inverse;
       for (int64_t r = 0; r < rows; ++r) {
         const f32v d = load_partial(x + r * channels + c, count) - block_mean;
@@ -134,36 +138,55 @@ void forward_statistics(const GroupNormForward& p, int64_t begin, int64_t end) {
   }
 }
 
-// Parts of a channel in vectors over channels, then the channels of a group in double.
+// Mean and M2 of every channel of a sample from those of its parts.
+void merge_channels(const GroupNormShape& s, const float* partial, int64_t parts, float* mean,
+                    float* m2) {
+  const int64_t channels = s.channels;
+  // f(vector, its mean and M2 in part k, share of the positions) for all parts
+  const auto each_part = [&](const auto& f) {
+    for (int64_t k = 0; k < parts; ++k) {
+      const float* part = partial + k * 2 * channels;
+      const float size = float(part_of(s.positions, k, parts).size());
+      each_vector(channels, [&](int64_t c, auto count) {
+        // Deviations from the first part's mean keep the weighted sum free of cancellation.
+        const f32v d = load_partial(part + c, count) - load_partial(partial + c, count);
+        f(c, count, d, load_partial(part + channels + c, count), size);
+      });
+    }
+  };
+  std::memset(mean, 0, size_t(channels) * sizeof(float));
+  std::memset(m2, 0, size_t(channels) * sizeof(float));
+  each_part([&](int64_t c, auto count, f32v d, f32v, float size) {
+    const f32v sum = load_partial(mean + c, count);
+    store_partial(mean + c, fma(d, splat(size / float(s.positions)), sum), count);
+  });
+  each_part([&](int64_t c, auto count, f32v d, f32v squares, float size) {
+    d -= load_partial(mean + c, count);
+    store_partial(m2 + c, load_partial(m2 + c, count) + fma(d * d, splat(size), squares), count);
+  });
+  for (int64_t c = 0; c < channels; ++c) mean[c] += partial[c];
+}
+
+// The channels of a group, which all have as many positions, in double.
 void forward_merge(const GroupNormForward& p, int64_t begin, int64_t end) {
   const GroupNormShape& s = p.shape;
   const int64_t channels = s.channels, per_group = s.channels_per_group();
   float* mean = static_cast<float*>(thread_scratch(size_t(channels) * 2 * sizeof(float)));
   float* m2 = mean + channels;
   for (int64_t n = begin; n < end; ++n) {
-    const float* parts = p.partial + n * p.parts * 2 * channels;
-    each_vector(channels, [&](int64_t c, auto count) {
-      // Deviations from the first part's mean keep the weighted sum free of cancellation.
-      const f32v base = load_partial(parts + c, count);
-      f32v shift = {}, squares = {};
-      for (int64_t k = 0; k < p.parts; ++k) {
-        const float weight = float(part_of(s.positions, k, p.parts).size()) / float(s.positions);
-        shift += (load_partial(parts + k * 2 * channels + c, count) - base) * weight;
-      }
-      for (int64_t k = 0; k < p.parts; ++k) {
-        const float* part = parts + k * 2 * channels;
-        const f32v d = load_partial(part + c, count) - base - shift;
-        const float size = float(part_of(s.positions, k, p.parts).size());
-        squares += fma(d * d, splat(size), load_partial(part + channels + c, count));
-      }
-      store_partial(mean + c, base + shift, count);
-      store_partial(m2 + c, squares, count);
-    });
+    merge_channels(s, p.partial + n * p.parts * 2 * channels, p.parts, mean, m2);
     for (int64_t g = 0; g < s.groups; ++g) {
-      Moments moments;
-      for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
-        const double add = p.add ? p.add[n * channels + c] : 0.;
-        Moments::merge(moments, double(s.positions), mean[c] + add, m2[c]);
+      const int64_t first = g * per_group;
+      const auto mean_of = [&](int64_t c) {
+        return double(mean[c]) + (p.add ? double(p.add[n * channels + c]) : 0.);
+      };
+      const double base = mean_of(first);
+      Moments moments{double(s.group_elements()), 0, 0};
+      for (int64_t c = first; c < first + per_group; ++c) moments.mean += mean_of(c) - base;
+      moments.mean = base + moments.mean / double(per_group);
+      for (int64_t c = first; c < first + per_group; ++c) {
+        const double d = mean_of(c) - moments.mean;
+        moments.m2 += double(m2[c]) + double(s.positions) * d * d;
       }
       store_statistics(s, moments, p.mean + n * s.groups + g, p.rstd + n * s.groups + g);
     }
@@ -173,12 +196,13 @@ void forward_merge(const GroupNormForward& p, int64_t begin, int64_t end) {
 // Factor and term of every channel of sample n.
 VITKIT_INLINE void affine_rows(const GroupNormForward& p, int64_t n, float* factor, float* term) {
   const GroupNormShape& s = p.shape;
-  const int64_t per_group = s.channels_per_group();
-  for (int64_t c = 0; c < s.channels; ++c) {
-    const int64_t group = n * s.groups + c / per_group;
-    const Affine affine = affine_of(p, n, c, p.mean[group], p.rstd[group]);
-    factor[c] = affine.factor;
-    term[c] = affine.term;
+  for (int64_t g = 0, c = 0; g < s.groups; ++g) {
+    const int64_t group = n * s.groups + g;
+    for (const int64_t stop = c + s.channels_per_group(); c < stop; ++c) {
+      const Affine affine = affine_of(p, n, c, p.mean[group], p.rstd[group]);
+      factor[c] = affine.factor;
+      term[c] = affine.term;
+    }
   }
 }
 

@@ -18,55 +18,6 @@ constexpr int kGradBlock = kLanes == 16 ? 4 : 2;
 
 // ---- statistics ----
 
-template <typename T, int R>
-VITKIT_INLINE void block_statistics(const T* x, int64_t n, float eps, float* mean, float* rstd) {
-  constexpr bool kSplit = kIsSplit<T>;
-  f32v a[R] = {}, b[R] = {};
-  each_pair(
-      n,
-      [&](int64_t i) {
-        for (int r = 0; r < R; ++r) {
-          f32v u, v;
-          load_pair<kSplit>(x + r * n + i, u, v);
-          a[r] += u;
-          b[r] += v;
-        }
-      },
-      [&](int64_t i, auto count) {
-        for (int r = 0; r < R; ++r) a[r] += load_partial(x + r * n + i, count);
-      });
-  float sums[R];
-  for (int r = 0; r < R; ++r) a[r] += b[r];
-  reduce_rows<R>(a, sums);
-  f32v m[R];
-  for (int r = 0; r < R; ++r) mean[r] = sums[r] / float(n);
-  for (int r = 0; r < R; ++r) {
-    m[r] = splat(mean[r]);
-    a[r] = b[r] = f32v{};
-  }
-  each_pair(
-      n,
-      [&](int64_t i) {
-        for (int r = 0; r < R; ++r) {
-          f32v u, v;
-          load_pair<kSplit>(x + r * n + i, u, v);
-          u -= m[r];
-          v -= m[r];
-          a[r] = fma(u, u, a[r]);
-          b[r] = fma(v, v, b[r]);
-        }
-      },
-      [&](int64_t i, auto count) {
-        for (int r = 0; r < R; ++r) {
-          const f32v d = load_partial(x + r * n + i, count, mean[r]) - m[r];
-          a[r] = fma(d, d, a[r]);
-        }
-      });
-  for (int r = 0; r < R; ++r) a[r] += b[r];
-  reduce_rows<R>(a, sums);
-  for (int r = 0; r < R; ++r) rstd[r] = 1.f / __builtin_sqrtf(sums[r] / float(n) + eps);
-}
-
 // A row longer than a chunk of the first-level cache.
 template <typename T>
 VITKIT_INLINE void long_statistics(const T* x, int64_t n, float eps, float* mean, float* rstd) {
@@ -216,13 +167,13 @@ void forward_rows(const LayerNormForward& p, int64_t begin, int64_t end) {
     const T* x = at<T>(p.x, row * n);
     float *mean = p.mean + row, *rstd = p.rstd + row;
     if (by_blocks && left >= kBlock) {
-      block_statistics<T, kBlock>(x, n, p.eps, mean, rstd);
+      block_statistics<T, kBlock>(x, n, n, p.eps, mean, rstd);
       write_block<T, M, kToken, kAffine, kBlock>(p, row, affine);
       row += kBlock;
       continue;
     }
     if (n <= kStatisticsChunk) {
-      block_statistics<T, 1>(x, n, p.eps, mean, rstd);
+      block_statistics<T, 1>(x, n, n, p.eps, mean, rstd);
     } else {
       long_statistics(x, n, p.eps, mean, rstd);
     }

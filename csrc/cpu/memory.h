@@ -14,7 +14,7 @@ namespace vitkit::cpu {
 // Harmless where the pages exist already or the system refuses.
 inline void prefer_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__)
-  constexpr int64_t kHugePage = int64_t(2) << 20, kWorthIt = 8 * kHugePage;
+  constexpr int64_t kHugePage = int64_t(2) << 20, kWorthIt = 2 * kHugePage;
   if (bytes < kWorthIt) return;
   const auto begin =
       (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~uintptr_t(kHugePage - 1);
@@ -25,6 +25,11 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
   (void)data;
   (void)bytes;
 #endif
+}
+
+template <typename Tensor>
+void prefer_huge_pages(Tensor& t) {
+  prefer_huge_pages(t.mutable_data_ptr(), t.numel() * int64_t(t.element_size()));
 }
 
 }  // namespace vitkit::cpu

@@ -60,11 +60,12 @@ struct GradientScratch {
 template <typename T>
 void through_norm(const PatchBackward& b, float* z, const T* grad, float* dgain, float* doffset) {
   const PatchEmbed& p = b.in;
-  const RowMoments m = complete_row(p, b.shift, z);
+  float mu, rstd;
+  complete_rows<1>(p, b.shift, z, 0, &mu, &rstd);
   f32v sum = {}, projected = {};
   each_vector(p.embed, [&](int64_t i, auto n) {
     // Lanes beyond the end: no gradient.
-    const f32v g = load_partial(grad + i, n), x = (load_partial(z + i, n) - m.mean) * m.rstd;
+    const f32v g = load_partial(grad + i, n), x = (load_partial(z + i, n) - mu) * rstd;
     store_partial(dgain + i, fma(g, x, load_partial(dgain + i, n)), n);
     store_partial(doffset + i, g + load_partial(doffset + i, n), n);
     const f32v dx = g * load_partial(p.norm_weight + i, n);
@@ -76,7 +77,7 @@ void through_norm(const PatchBackward& b, float* z, const T* grad, float* dgain,
   const float along = reduce_add(projected) / float(p.embed);
   each_vector(p.embed, [&](int64_t i, auto n) {
     const f32v dx = load_partial(grad + i, n) * load_partial(p.norm_weight + i, n);
-    store_partial(z + i, (dx - mean - load_partial(z + i, n) * along) * m.rstd, n);
+    store_partial(z + i, (dx - mean - load_partial(z + i, n) * along) * rstd, n);
   });
 }
 

@@ -44,7 +44,8 @@ void forward_float32(const PatchForward& forward, int64_t begin, int64_t end, vo
     pack_patches<Pixel>(p, first, rows, scratch.a, a_stride);
     multiply_panels(scratch.a, a_stride, static_cast<const float*>(forward.weights), p.depth,
                     scratch.z, z_stride, rows, p.embed);
-    finish_block<T>(forward, first, rows, [&](int64_t r) { return scratch.z + r * z_stride; });
+    finish_block<T>(forward, first, rows, z_stride,
+                    [&](int64_t r) { return scratch.z + r * z_stride; });
   });
 }
 
@@ -119,7 +120,7 @@ void forward_tiles(const PatchForward& forward, int64_t begin, int64_t end, void
                       weights + j * steps * kTileSize, steps * kTileSize, kTileSize, steps,
                       scratch.z + (i * columns + j) * kTileSums, columns * kTileSums},
                      false);
-    finish_block<bf16>(forward, first, rows, [&](int64_t r) {
+    finish_block<bf16>(forward, first, rows, 0, [&](int64_t r) {
       const float* from = scratch.z + r / kTile * columns * kTileSums + r % kTile * kTile;
       for (int64_t j = 0; j < columns; ++j)
         store(scratch.z_row + j * kTile, load(from + j * kTileSums));

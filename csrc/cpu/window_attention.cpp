@@ -13,6 +13,7 @@
 #include "attention/window_table.h"
 #include "check.h"
 #include "isa.h"
+#include "memory.h"
 #include "parallel.h"
 
 VITKIT_ISA_TABLE(WindowForwardKernels, window_forward_kernels)
@@ -143,6 +144,7 @@ std::tuple<Tensor, Tensor> window_attention_fwd(Tensor qkv, std::optional<Tensor
   Tensor lse =
       torch::stable::new_empty(qkv, {in.batch, g.height, g.width, in.heads}, ScalarType::Float);
   if (arguments.empty()) return {out, lse};
+  prefer_huge_pages(out);
   const WindowForwardKernels& kernels = window_forward_kernels();
   const WindowForward p{in, static_cast<char*>(out.mutable_data_ptr()),
                         static_cast<float*>(lse.mutable_data_ptr())};
@@ -239,6 +241,7 @@ Gradients window_attention_bwd(Tensor grad, Tensor qkv, Tensor out, Tensor lse,
                       like(pad_value)};
   auto& [dqkv, dtable, dlogit_scale, dpad_value] = gradients;
   if (arguments.empty()) return gradients;
+  prefer_huge_pages(dqkv);
 
   const bool pads = pad_value && !in.grid.divides();
   const Sums sums(qkv, in, arguments.windows(), table.has_value(), pads);

@@ -369,7 +369,7 @@ def dilated_attention(
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         tensors = _library.distinct(q, k, v) if torch.compiler.is_compiling() else (q, k, v)
-        out, lse, _ = _DilatedAttention.apply(*tensors, *options, overload)
+        out, lse, _ = _library.apply(_DilatedAttention, *tensors, *options, overload)
     else:
         op = getattr(torch.ops.vitkit.dilated_attention_fwd, overload)
         out, lse, _ = op(q, k, v, *options, False)

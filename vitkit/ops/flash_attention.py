@@ -450,7 +450,7 @@ def flash_attention(
             if torch.compiler.is_compiling():
                 tensors = _library.distinct(*tensors)
             options = (plan.suffix, plan.overload, causal, plan.scale)
-            out, lse = _FlashAttention.apply(*options, *tensors)
+            out, lse = _library.apply(_FlashAttention, *options, *tensors)
         else:
             out, lse = plan.fwd(q, k, v, *term, causal, plan.scale)
     return (out, lse) if return_lse else out

@@ -84,7 +84,6 @@ _library.define(
 _FWD = torch.ops.vitkit.gated_residual_fwd.default
 
 
-@_library.signature_read_once
 class _GatedResidual(torch.autograd.Function):
     @staticmethod
     def forward(x, y, gate, overload):
@@ -201,7 +200,7 @@ def gated_residual(
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or gate.requires_grad):
         if torch.compiler.is_compiling():
             x, y, gate = _library.distinct(x, y, gate)
-        return _GatedResidual.apply(x, y, gate, plan.overload)
+        return _library.apply(_GatedResidual, x, y, gate, plan.overload)
     return plan.fwd(x, y, gate)
 
 

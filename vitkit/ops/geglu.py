@@ -141,7 +141,7 @@ def geglu(
     named = tanh or approximate == "none"
     if backend == "auto" == backends.DEFAULT and named and type(gate_last) is bool:
         try:
-            if _library.is_plain_cpu_call(x) and not _gated.differentiated(x, gate):
+            if _library.is_plain_cpu_call(x) and not _library.differentiated(x, gate):
                 return _FWD(x, gate, gate_last, tanh)
         except Exception:
             pass  # refused: the checks below say why, or choose another backend
@@ -160,10 +160,10 @@ def geglu(
         return reference(x, gate, gate_last, tanh)
     x = x.contiguous() if plan.copy[0] else x
     gate = gate.contiguous() if gate is not None and plan.copy[1] else gate
-    if _gated.differentiated(x, gate):
+    if _library.differentiated(x, gate):
         if torch.compiler.is_compiling():
             x, gate = _library.distinct(x, gate)
-        return _GEGLU.apply(x, gate, gate_last, tanh, plan.overload)
+        return _library.apply(_GEGLU, x, gate, gate_last, tanh, plan.overload)
     return plan.fwd(x, gate, gate_last, tanh)
 
 

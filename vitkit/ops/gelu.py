@@ -176,7 +176,7 @@ def gelu(x: torch.Tensor, *, approximate: str = "none", backend: str = "auto") -
     if plan.copy:
         x = x.contiguous()
     if torch.is_grad_enabled() and x.requires_grad:
-        return _GELU.apply(x, tanh, plan.overload)
+        return _library.apply(_GELU, x, tanh, plan.overload)
     return plan.fwd(x, tanh)
 
 

@@ -280,10 +280,7 @@ def group_norm_silu(
     options = (weight, bias, add, scale, shift)
     if backend == "auto" == backends.DEFAULT and (silu or activation is None):
         try:
-            if _library.is_plain_cpu_call(x) and not (
-                torch.is_grad_enabled()
-                and (x.requires_grad or any(t is not None and t.requires_grad for t in options))
-            ):
+            if _library.is_plain_cpu_call(x) and not _library.differentiated(x, *options):
                 return _FWD(x, num_groups, weight, bias, eps, silu, add, scale, shift)[0]
         except Exception:
             pass  # refused: the checks below say why, or choose another backend
@@ -297,14 +294,22 @@ def group_norm_silu(
         return reference(x, num_groups, weight, bias, eps, silu, add, scale, shift)
     if plan.copy:
         x = x.contiguous()
-    if torch.is_grad_enabled() and (
-        x.requires_grad or any(t is not None and t.requires_grad for t in options)
-    ):
+    if _library.differentiated(x, *options):
         if torch.compiler.is_compiling():
             x, *rest = _library.distinct(x, *options)
             weight, bias, add, scale, shift = rest
-        return _GroupNormSilu.apply(
-            x, num_groups, weight, bias, float(eps), silu, add, scale, shift, plan.overload
+        return _library.apply(
+            _GroupNormSilu,
+            x,
+            num_groups,
+            weight,
+            bias,
+            float(eps),
+            silu,
+            add,
+            scale,
+            shift,
+            plan.overload,
         )[0]
     return plan.fwd(x, num_groups, weight, bias, eps, silu, add, scale, shift)[0]
 

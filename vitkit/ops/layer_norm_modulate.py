@@ -111,7 +111,6 @@ _library.define(f"{NAME}_bwd", _BWD_SCHEMA, fake=_bwd_fake, triton=_bwd_triton, 
 _FWD = torch.ops.vitkit.layer_norm_modulate_fwd.default
 
 
-@_library.signature_read_once
 class _LayerNormModulate(torch.autograd.Function):
     @staticmethod
     def forward(x, shift, scale, weight, bias, eps, overload):
@@ -244,11 +243,8 @@ def layer_norm_modulate(
     options = (shift, scale, weight, bias)
     if backend == "auto" == backends.DEFAULT:
         try:
-            if _library.is_plain_cpu_call(x) and not (
-                torch.is_grad_enabled()
-                and (x.requires_grad or any(t is not None and t.requires_grad for t in options))
-            ):
-                return _FWD(x, shift, scale, weight, bias, eps)[0]
+            if _library.is_plain_cpu_call(x) and not _library.differentiated(x, *options):
+                return _FWD(x, *options, eps)[0]
         except Exception:
             pass  # refused: the checks below say why, or choose another backend
     if isinstance(x, torch.Tensor) and x.is_cuda and torch.is_autocast_enabled("cuda"):
@@ -265,12 +261,12 @@ def layer_norm_modulate(
             _library.readable_rows(t, x) if t is not None and wanted else t
             for t, wanted in zip(options, plan.adapt, strict=True)
         )  # type: ignore[assignment]
-    if torch.is_grad_enabled() and (
-        x.requires_grad or any(t is not None and t.requires_grad for t in options)
-    ):
+    if _library.differentiated(x, *options):
         if torch.compiler.is_compiling():
             x, shift, scale, weight, bias = _library.distinct(x, *options)
-        return _LayerNormModulate.apply(x, shift, scale, weight, bias, float(eps), plan.overload)[0]
+        return _library.apply(
+            _LayerNormModulate, x, shift, scale, weight, bias, float(eps), plan.overload
+        )[0]
     return plan.fwd(x, shift, scale, weight, bias, eps)[0]
 
 

@@ -353,7 +353,7 @@ def patch_embed(
         given: tuple[Any, ...] = (images, weight, *rest)
         if torch.compiler.is_compiling():
             given = _library.distinct(*given)
-        return _PatchEmbed.apply(plan.overload, mean, std, float(norm_eps), pad, *given)
+        return _library.apply(_PatchEmbed, plan.overload, mean, std, float(norm_eps), pad, *given)
     return plan.fwd(
         images, weight, bias, mean, std, norm_weight, norm_bias, norm_eps, *rest[3:], pad
     )

@@ -413,7 +413,7 @@ def patch_embed_packed(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         if torch.compiler.is_compiling():
             tensors = _library.distinct(*tensors)
-        tokens = _PatchEmbedPacked.apply(overload, mean, std, eps, *tensors)
+        tokens = _library.apply(_PatchEmbedPacked, overload, mean, std, eps, *tensors)
     else:
         op = getattr(torch.ops.vitkit.patch_embed_packed_fwd, overload)
         tokens = op(pixels, places, weight, bias, mean, std, norm_weight, norm_bias, eps, pos)

@@ -274,7 +274,7 @@ def rope_2d(
         learned = cos.requires_grad or sin.requires_grad
         if torch.compiler.is_compiling():
             q, k, cos, sin = _library.distinct(q, k, cos, sin)
-        turned = _RoPE.apply(q, k, cos, sin, interleaved, learned, plan.overload)
+        turned = _library.apply(_RoPE, q, k, cos, sin, interleaved, learned, plan.overload)
     else:
         turned = plan.fwd(q, k, cos, sin, interleaved)
     return turned[0] if k is None else (turned[0], turned[1])

@@ -132,7 +132,7 @@ def swiglu(
     """
     if backend == "auto" == backends.DEFAULT and type(gate_last) is bool:
         try:
-            if _library.is_plain_cpu_call(x) and not _gated.differentiated(x, gate):
+            if _library.is_plain_cpu_call(x) and not _library.differentiated(x, gate):
                 return _FWD(x, gate, gate_last)
         except Exception:
             pass  # refused: the checks below say why, or choose another backend
@@ -146,10 +146,10 @@ def swiglu(
         return reference(x, gate, gate_last)
     x = x.contiguous() if plan.copy[0] else x
     gate = gate.contiguous() if gate is not None and plan.copy[1] else gate
-    if _gated.differentiated(x, gate):
+    if _library.differentiated(x, gate):
         if torch.compiler.is_compiling():
             x, gate = _library.distinct(x, gate)
-        return _SwiGLU.apply(x, gate, gate_last, plan.overload)
+        return _library.apply(_SwiGLU, x, gate, gate_last, plan.overload)
     return plan.fwd(x, gate, gate_last)
 
 

@@ -372,7 +372,7 @@ def window_attention(
             return reference(*tensors, *options)[0]
     kernel_tensors = _for_kernels(*tensors)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _WindowAttention.apply(*kernel_tensors, *options, overload)[0]
+        return _library.apply(_WindowAttention, *kernel_tensors, *options, overload)[0]
     op = getattr(torch.ops.vitkit.window_attention_fwd, overload)
     return op(*kernel_tensors, *options)[0]
 

@@ -204,6 +204,9 @@ void add_rows(const T* x, const T* grad, T* keep, int64_t count, int64_t channel
     Sums sums;
     for (int64_t at = c; at < count * channels; at += channels) {
       const f32v v = load_partial(x + at, lanes), xhat = fma(v, xfactor, xterm);
+      // The next rows: no hardware foresees steps this wide.
+      __builtin_prefetch(x + at + count * channels);
+      __builtin_prefetch(grad + at + count * channels);
       const f32v dz =
           activation_gradient<T, kSilu>(v, load_partial(grad + at, lanes), factor, term);
       if (keep != nullptr) store_partial(keep + at, dz, lanes);

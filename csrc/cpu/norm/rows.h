@@ -105,6 +105,58 @@ VITKIT_INLINE void reduce_rows(const f32v* v, float* sums) {
 #endif
 }
 
+// Mean and 1 / sqrt(variance + eps) of R rows `stride` elements apart, in two passes: the end of
+// one row's sum, a chain of dependent instructions, hides behind the work of the others.
+template <typename T, int R>
+VITKIT_INLINE void block_statistics(const T* x, int64_t stride, int64_t n, float eps, float* mean,
+                                    float* rstd) {
+  constexpr bool kSplit = kIsSplit<T>;
+  f32v a[R] = {}, b[R] = {};
+  each_pair(
+      n,
+      [&](int64_t i) {
+        for (int r = 0; r < R; ++r) {
+          f32v u, v;
+          load_pair<kSplit>(x + r * stride + i, u, v);
+          a[r] += u;
+          b[r] += v;
+        }
+      },
+      [&](int64_t i, auto count) {
+        for (int r = 0; r < R; ++r) a[r] += load_partial(x + r * stride + i, count);
+      });
+  float sums[R];
+  for (int r = 0; r < R; ++r) a[r] += b[r];
+  reduce_rows<R>(a, sums);
+  f32v m[R];
+  for (int r = 0; r < R; ++r) mean[r] = sums[r] / float(n);
+  for (int r = 0; r < R; ++r) {
+    m[r] = splat(mean[r]);
+    a[r] = b[r] = f32v{};
+  }
+  each_pair(
+      n,
+      [&](int64_t i) {
+        for (int r = 0; r < R; ++r) {
+          f32v u, v;
+          load_pair<kSplit>(x + r * stride + i, u, v);
+          u -= m[r];
+          v -= m[r];
+          a[r] = fma(u, u, a[r]);
+          b[r] = fma(v, v, b[r]);
+        }
+      },
+      [&](int64_t i, auto count) {
+        for (int r = 0; r < R; ++r) {
+          const f32v d = load_partial(x + r * stride + i, count, mean[r]) - m[r];
+          a[r] = fma(d, d, a[r]);
+        }
+      });
+  for (int r = 0; r < R; ++r) a[r] += b[r];
+  reduce_rows<R>(a, sums);
+  for (int r = 0; r < R; ++r) rstd[r] = 1.f / __builtin_sqrtf(sums[r] / float(n) + eps);
+}
+
 // f(a null pointer of the element type)
 template <typename F>
 VITKIT_INLINE void with_element(NormElement element, const F& f) {

@@ -43,6 +43,16 @@ class Places {
             image_ * p_.out_rows() + p_.prefixes + patch};
   }
 
+  // The next tokens, `most` of them at the most, that lie side by side in one row of the grid and
+  // wholly inside the image.
+  int64_t whole_neighbours(int64_t most) const {
+    if (p_.places || (frame_ + 1) * p_.frames > p_.size_frames ||
+        (row_ + 1) * p_.rows > p_.size_rows)
+      return 0;
+    const int64_t last = smaller(p_.grid_columns, p_.size_columns / p_.run);
+    return smaller(most, last - column_);
+  }
+
   void next() {
     ++token_;
     if (p_.places || ++column_ < p_.grid_columns) return;
@@ -106,6 +116,28 @@ VITKIT_INLINE void pack_lines(const PatchEmbed& p, const Place& at, int64_t firs
     for (int64_t i = inside; i < p.run; ++i) from_float(kBytes ? p.padding[k + i] : 0.f, dst + i);
     dst += p.run;
   });
+}
+
+// `count` whole patches side by side whose lines are one vector or less, line by line: the lines of
+// neighbours follow each other in memory, and nothing is computed for each of them.
+template <typename Pixel>
+VITKIT_INLINE void pack_neighbours(const PatchEmbed& p, const Place& at, int64_t count, float* dst,
+                                   int64_t stride) {
+  const auto* pixels = reinterpret_cast<const Pixel*>(p.images);
+  each_line(p, at, 0, lines_of(p), [&](int64_t line, int64_t offset, int64_t) {
+    const Pixel* from = pixels + offset;
+    float* to = dst + line * p.run;
+    f32v centre = {};
+    if constexpr (std::is_same_v<Pixel, uint8_t>) centre = load(p.centre + line * p.run);
+    for (int64_t i = 0; i < count; ++i) store(to + i * stride, load(from + i * p.run) - centre);
+  });
+}
+
+// Whether vectors read from the lines of such patches stay within the tensor.
+VITKIT_INLINE bool vectors_fit(const PatchEmbed& p, const Place& at, int64_t count) {
+  const int64_t last = at.origin + (p.channels - 1) * at.channel_stride +
+                       (p.frames - 1) * at.frame_stride + (p.rows - 1) * at.row_stride;
+  return last + (count - 1) * p.run + kLanes <= p.pixel_count;
 }
 
 // The other way: the lines of a patch that lie inside the image.

@@ -4,7 +4,7 @@
 
 #include "attention/arena.h"
 #include "gemm.h"
-#include "norm/statistics.h"
+#include "norm/rows.h"
 #include "patch/pixels.h"
 
 namespace vitkit::cpu::VITKIT_ISA {
@@ -117,8 +117,17 @@ template <typename Pixel>
 VITKIT_INLINE void pack_patches(const PatchEmbed& p, int64_t first, int64_t rows, float* a,
                                 int64_t stride) {
   Places places(p, first);
-  for (int64_t r = 0; r < rows; ++r, places.next())
-    pack_lines<Pixel>(p, places.get(), 0, lines_of(p), a + r * stride);
+  for (int64_t r = 0; r < rows;) {
+    const Place at = places.get();
+    int64_t count = p.run <= kLanes ? places.whole_neighbours(rows - r) : 0;
+    if (count > 1 && vectors_fit(p, at, count)) {
+      pack_neighbours<Pixel>(p, at, count, a + r * stride, stride);
+    } else {
+      pack_lines<Pixel>(p, at, 0, lines_of(p), a + r * stride);
+      count = 1;
+    }
+    for (r += count; count > 0; --count) places.next();
+  }
 }
 
 // c[r][panel by panel] = sum over depth of a[r] and the panels. Rows of a and c up to the next even
@@ -146,19 +155,19 @@ static void multiply_panels(const float* a, int64_t a_stride, const float* panel
 
 // ---- what happens to a finished row ----
 
-struct RowMoments {
-  float mean, rstd;
-};
-
-// z = scale z + shift, and its moments.
-VITKIT_INLINE RowMoments complete_row(const PatchEmbed& p, const float* shift, float* z) {
+// z = scale z + shift for R rows `stride` apart, and their moments.
+template <int R>
+VITKIT_INLINE void complete_rows(const PatchEmbed& p, const float* shift, float* z, int64_t stride,
+                                 float* mean, float* rstd) {
   const f32v scale = splat(p.scale);
   each_vector(p.embed, [&](int64_t i, auto n) {
-    store_partial(z + i, fma(load_partial(z + i, n), scale, load_partial(shift + i, n)), n);
+    const f32v add = load_partial(shift + i, n);
+    for (int r = 0; r < R; ++r) {
+      float* at = z + r * stride + i;
+      store_partial(at, fma(load_partial(at, n), scale, add), n);
+    }
   });
-  const float mean = sum_of(z, p.embed) / float(p.embed);
-  const float variance = squares_about(z, p.embed, mean) / float(p.embed);
-  return {mean, 1.f / std::sqrt(variance + p.norm_eps)};
+  block_statistics<float, R>(z, stride, p.embed, p.norm_eps, mean, rstd);
 }
 
 // to = f(i, count) + pos[i]
@@ -182,8 +191,10 @@ VITKIT_INLINE void with_row(const TokenRows& rows, int64_t row, int64_t embed, c
   });
 }
 
+// A row with its sums in z; mean and rstd are those of LayerNorm's input, which z then is.
 template <typename T>
-VITKIT_INLINE void finish_row(const PatchForward& forward, float* z, const Place& at) {
+VITKIT_INLINE void finish_row(const PatchForward& forward, const float* z, float mean, float rstd,
+                              const Place& at) {
   const PatchEmbed& p = forward.in;
   T* to = reinterpret_cast<T*>(forward.out) + at.out * p.embed;
   with_row(p.position, at.position, p.embed, [&](const auto* pos) {
@@ -193,9 +204,8 @@ VITKIT_INLINE void finish_row(const PatchForward& forward, float* z, const Place
         return fma(load_partial(z + i, n), scale, load_partial(forward.shift + i, n));
       });
     }
-    const RowMoments m = complete_row(p, forward.shift, z);
     write_added(p.embed, pos, to, [&](int64_t i, auto n) {
-      const f32v x = (load_partial(z + i, n) - m.mean) * m.rstd;
+      const f32v x = (load_partial(z + i, n) - mean) * rstd;
       const f32v gain = load_partial(p.norm_weight + i, n);
       return p.norm_bias ? fma(x, gain, load_partial(p.norm_bias + i, n)) : x * gain;
     });
@@ -217,17 +227,31 @@ VITKIT_INLINE void write_prefix(const PatchForward& forward, int64_t image) {
   }
 }
 
-// Rows [first, first + rows) of the output from their sums; z_row(r) is a row of them.
+// R rows of the output from their sums, `stride` apart. Advances places.
+template <typename T, int R>
+VITKIT_INLINE void finish_rows(const PatchForward& forward, float* z, int64_t stride,
+                               Places& places) {
+  float mean[R] = {}, rstd[R] = {};
+  if (forward.in.norm_weight) complete_rows<R>(forward.in, forward.shift, z, stride, mean, rstd);
+  for (int r = 0; r < R; ++r, places.next())
+    finish_row<T>(forward, z + r * stride, mean[r], rstd[r], places.get());
+}
+
+// Rows [first, first + rows) of the output from their sums; z_row(r) is a row of them, `stride`
+// from the next one. Without a stride there is one row at a time.
 template <typename T, typename ZRow>
 VITKIT_INLINE void finish_block(const PatchForward& forward, int64_t first, int64_t rows,
-                                const ZRow& z_row) {
+                                int64_t stride, const ZRow& z_row) {
+  constexpr int kTogether = 4;
   const PatchEmbed& p = forward.in;
   Places places(p, first);
-  for (int64_t r = 0; r < rows; ++r, places.next()) {
-    finish_row<T>(forward, z_row(r), places.get());
-    if (p.prefixes && (first + r) % p.patches == 0)
-      write_prefix<T>(forward, (first + r) / p.patches);
-  }
+  int64_t r = 0;
+  for (; stride > 0 && r + kTogether <= rows; r += kTogether)
+    finish_rows<T, kTogether>(forward, z_row(r), stride, places);
+  for (; r < rows; ++r) finish_rows<T, 1>(forward, z_row(r), 0, places);
+  if (p.prefixes)
+    for (r = (first + p.patches - 1) / p.patches * p.patches; r < first + rows; r += p.patches)
+      write_prefix<T>(forward, r / p.patches);
 }
 
 }  // namespace vitkit::cpu::VITKIT_ISA
