@@ -181,8 +181,9 @@ __global__ void __launch_bounds__(128, 2)
     const int first = step * kKeys, valid = min(end - first, kKeys), stage = step % kStages;
     if (valid <= 0) continue;
     const bool whole = valid == kKeys;
+    const bool all = kKeys == 16 || whole;  // ends are cut in units of 16: 16 keys have no other
     float s[kRowTiles][kTiles][4] = {};
-    if (whole) {
+    if (all) {
       multiply_rows<true>(s, load_query, keys(stage), valid);
     } else {
       multiply_rows<false>(s, load_query, keys(stage), valid);
@@ -212,7 +213,7 @@ __global__ void __launch_bounds__(128, 2)
           }
     }
     softmax.update(s, out, factor);
-    if (whole) {
+    if (all) {
       multiply_columns<true>(out, s, values(stage), 0, valid);
     } else {
       multiply_columns<false>(out, s, values(stage), 0, valid);
