@@ -207,7 +207,7 @@ TABLE: dict[str, list[Mutant]] = {
         _m("maximum_of_half_a_row", "top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));", "",
            True),
         _m("sum_of_half_a_row", "sum += __shfl_xor_sync(0xffffffffu, sum, 1);", ""),
-        _m("outputs_not_rescaled", "out[r][n][half * 2 + 1] *= keep;", ""),
+        _m("outputs_not_rescaled", "out[n][half * 2 + 1] *= keep;", ""),
         _m(
             "copy_waited_for_too_late",
             "ptx::copy_wait<kStages - 2>();\n    __syncthreads();\n"
