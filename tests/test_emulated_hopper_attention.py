@@ -23,7 +23,7 @@ from emulated_attention import (
     poisoned,
     rows,
 )
-from emulation import emulated, finding, mutated, sanitized
+from emulation import SANITIZERS, emulated, finding, mutated, sanitized
 from mutants import of
 from numerics import assert_parity, double, eager_attention
 
@@ -125,3 +125,29 @@ def test_emulated_hopper_thread_order_changes_nothing(library, head_dim):
     for seed in range(2, 6):
         again = run(library, *tensors, seed=seed)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_emulated_hopper_under_sanitizers(sanitizer):
+    code, output = sanitized("sanitized_hopper", sanitizer, flags=ONE_KERNEL)
+    assert code == 0 and "done" in output and "Sanitizer" not in output, output[-4000:]
+
+
+def catch(csrc):
+    """Raises AssertionError if the kernels in ``csrc`` are broken."""
+    broken = load(emulated("hopper_attention", csrc=csrc, flags=("-shared", *ONE_KERNEL)), Call)
+    for name in ("bf16_ragged_four_steps", "causal"):
+        arguments, options = CASES[name]
+        for seed in (1, 2):
+            check(broken, make(BF16, *arguments[1:]), **options, seed=seed)
+
+
+def catch_silent(csrc):
+    return finding("sanitized_hopper", csrc, ONE_KERNEL)
+
+
+@pytest.mark.parametrize("mutant", of("hopper_attention"), ids=lambda m: m.name)
+def test_emulated_hopper_mutants_are_caught(mutant, tmp_path):
+    csrc = mutated(tmp_path, mutant.old, mutant.new)
+    with pytest.raises(AssertionError):
+        catch(csrc)

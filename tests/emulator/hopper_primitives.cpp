@@ -43,6 +43,7 @@ void load_panels(uint32_t to, const uint16_t* data, int rows, int columns, int p
                     0);
   }
   ptx::phase_wait(kBarrier, parity);
+  __syncthreads();  // nobody may sleep through the next phase
 }
 
 template <int kRowBytes>
@@ -138,10 +139,10 @@ void misuse(int which, const uint16_t* data, unsigned char* shared) {
       if (first) {
         ptx::phase_arrive_expecting(kBarrier, 1024);
         ptx::copy_box(0, map, kBarrier, 0, 0, 0, 0);
+        ptx::product_fence();
+        begin();
       }
-      ptx::product_fence();
       __syncthreads();
-      begin();
       break;
     case 8:  // accumulators that are written before the wait
       ptx::product_fence();
