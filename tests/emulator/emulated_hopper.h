@@ -59,7 +59,8 @@ void phase_init(uint32_t barrier, int arrivals, Site here);
 void phase_init_done();
 void phase_arrive(uint32_t barrier, int expected_bytes, Site here);
 void phase_wait(uint32_t barrier, int parity, Site here);
-void begin_box(const BoxCopy& copy, void (*perform)(const BoxCopy&), Site here);
+void check_box(const BoxCopy& copy, Site here);
+void begin_box(const BoxCopy& copy, void (*perform)(const BoxCopy&));
 void warpgroup_barrier(int barrier, Site here);
 
 // One warp's part of a product: rows 16 w to 16 w + 15 of 64.
@@ -128,9 +129,10 @@ inline void perform_box(const emulator::BoxCopy& copy) {
 inline void copy_box(uint32_t to, const TensorMap& map, uint32_t barrier, int column, int row,
                      int head, int batch, EMULATED_HERE) {
   const emulator::BoxCopy copy{map, to, barrier, {column, row, head, batch}};
-  emulator::begin_box(copy, perform_box, here);
+  emulator::check_box(copy, here);
   for (uint32_t at = 0; at < copy.bytes(); at += 8)  // poison until it arrives
     *reinterpret_cast<uint64_t*>(emulator::dynamic_shared() + to + at) = ~0ull;
+  emulator::begin_box(copy, perform_box);
 }
 
 inline void product_fence() { emulator::product_fence(); }

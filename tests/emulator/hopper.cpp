@@ -134,7 +134,7 @@ void phase_wait(uint32_t barrier, int parity, Site here) {
   acquire(&phase.tags[parity]);
 }
 
-void begin_box(const BoxCopy& copy, void (*perform)(const BoxCopy&), Site here) {
+void check_box(const BoxCopy& copy, Site here) {
   if (!phase_at(copy.barrier, here).shown)
     fail(here, "the barrier's initialisation is not shown to the copy engine");
   // 1 KiB, where the pattern of any width begins again: less is not what the kernels mean.
@@ -145,6 +145,9 @@ void begin_box(const BoxCopy& copy, void (*perform)(const BoxCopy&), Site here) 
   for (const auto& other : under_way)
     if (copy.to < other->copy.to + other->copy.bytes() && other->copy.to < copy.to + copy.bytes())
       fail(here, "a box where another one is under way");
+}
+
+void begin_box(const BoxCopy& copy, void (*perform)(const BoxCopy&)) {
   under_way.push_back(std::make_unique<UnderWay>(UnderWay{copy, perform}));
   release(&under_way.back()->tag);
 }
