@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -513,6 +514,8 @@ def cuda_path(
 ) -> str:
     """Which forward kernel the C++ CUDA backend takes for a (valid) call, and why not the one for
     Hopper GPUs. ``capability``: of another GPU than that of q."""
+    if importlib.util.find_spec("vitkit._runtime") is None:
+        return "not known, vitkit._runtime is not built"
     runtime = importlib.import_module("vitkit._runtime")
     if capability is None:
         capability = torch.cuda.get_device_capability(q.device)
