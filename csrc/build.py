@@ -234,6 +234,7 @@ def write_ninja(p: Plan, build_dir: Path, out_dir: Path) -> Path:
             "-fPIC,-fvisibility=hidden",
             "-lineinfo",
             "-DUSE_CUDA",
+            *(["-DVITKIT_SM_90A"] if "90a" in p.cuda_archs else []),
             *gencode,
         ]
         # No --threads: the logs of architectures would mix, and files keep the cores busy.
@@ -272,7 +273,7 @@ def write_ninja(p: Plan, build_dir: Path, out_dir: Path) -> Path:
             header.write_text(text)
         flags = [
             *CXX_FLAGS,
-            *_include(build_dir, pybind11.get_include(), sysconfig.get_paths()["include"]),
+            *_include(build_dir, CSRC, pybind11.get_include(), sysconfig.get_paths()["include"]),
         ]
         lines.append(f"build kernel_attributes.h: attributes {' '.join(logs)}")
         after = " | kernel_attributes.h"

@@ -55,6 +55,7 @@ class Kernel:
     tensor: int = 0  # tensor-core instructions
     accesses: int = 0  # loads, stores and asynchronous copies of global memory
     wide: int = 0  # of them, of 16 bytes a thread
+    boxes: int = 0  # of them, copies of boxes (TMA)
     spills: int = 0  # instructions that touch local memory
 
     @property
@@ -155,6 +156,7 @@ def count(kernel: Kernel, code: str) -> None:
     kernel.tensor = len(TENSOR.findall(code))
     kernel.accesses = len(accesses)
     kernel.wide = sum(bool(_WIDE.search(a)) for a in accesses)
+    kernel.boxes = sum(a.startswith("UTMA") for a in accesses)
     kernel.spills = len(_LOCAL.findall(code))
 
 
@@ -276,7 +278,7 @@ def kernels(library: Path) -> list[Kernel]:
 
 COLUMNS = (
     "arch", "kernel", "registers", "spills", "stack", "shared", "threads", "warps", "tensor",
-    "16 bytes",
+    "16 bytes", "boxes",
 )  # fmt: skip
 
 
@@ -286,6 +288,7 @@ def _rows(found: list[Kernel]) -> list[tuple[str, ...]]:
         (
             k.arch, f"`{labels[k.mangled]}`", str(k.registers), str(k.spills), str(k.stack),
             str(k.shared), str(k.threads), str(k.warps), str(k.tensor), f"{k.wide}/{k.accesses}",
+            str(k.boxes),
         )
         for k in found
     ]  # fmt: skip
@@ -308,6 +311,7 @@ def _families(found: list[Kernel]) -> list[tuple[str, ...]]:
             _range(k.shared for k in of), _range(k.threads for k in of),
             _range(k.warps for k in of), _range(k.tensor for k in of),
             f"{sum(k.wide for k in of)}/{sum(k.accesses for k in of)}",
+            _range(k.boxes for k in of),
         )
         for (name, arch), of in sorted(groups.items())
     ]  # fmt: skip
@@ -333,7 +337,8 @@ def main() -> None:
         "# CUDA kernels, as compiled\n\n"
         "`warps`: resident on a multiprocessor by registers and static shared memory. `spills`:\n"
         "instructions that touch local memory. `tensor`: tensor-core instructions. `16 bytes`: of\n"
-        "all accesses to global memory in the machine code.\n\n"
+        "all accesses to global memory in the machine code. `boxes`: of them, copies by the copy\n"
+        "engine (TMA).\n\n"
         f"{markdown(_families(found))}\n\n## Every instantiation\n\n{markdown(_rows(found))}\n"
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ def built(arch: str) -> Path:
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if nvcc is None:
         raise FileNotFoundError("nvcc is not installed")
-    sources = [*EMULATOR.glob("conformance.cu*"), *(ROOT / "csrc" / "core").glob("*.cuh")]
+    sources = [*EMULATOR.glob("conformance*.cu*"), *(ROOT / "csrc" / "core").glob("*.*h")]
     digest = hashlib.sha256(arch.encode())
     for source in sorted(sources):
         digest.update(source.name.encode() + source.read_bytes())
@@ -52,6 +52,8 @@ def differences(golden: dict[str, Any], found: dict[str, Any]) -> list[str]:
     lines = []
     for name in golden["primitives"].keys() | found["primitives"].keys():
         want, got = (x["primitives"].get(name) for x in (golden, found))
+        if want is None and name.startswith("hopper_"):
+            continue  # the GPU was of another kind
         if want is None or got is None:
             lines.append(f"{name}: only one of both has it")
             continue

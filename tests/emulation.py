@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "tests" / "emulator"
+MACHINE = ("emulator", "warp_operations", "hopper")
 FLAGS = ["-std=c++20", "-g", "-fPIC", "-w", "-Wno-attributes"]
 
 
@@ -31,7 +32,7 @@ def cuda_include() -> Path:
 def emulated(driver: str, *, csrc: Path = ROOT / "csrc", flags: tuple[str, ...] = ()) -> Path:
     """The emulated library of ``tests/emulator/<driver>.cpp`` over the kernels in ``csrc``; an
     executable where ``flags`` lack -shared. Only the kernels are compiled with sanitizers."""
-    machine = [str(_built(n, ["-O2", "-c"], [], [])) for n in ("emulator", "warp_operations")]
+    machine = [str(_built(n, ["-O2", "-c"], [], [])) for n in MACHINE]
     kernels = [f for folder in ("core", "attention", "cuda") for f in (csrc / folder).glob("*.*h")]
     include = [f"-I{f}" for f in (csrc, csrc / "core", csrc / "cuda")]
     return _built(driver, ["-O1", *flags], kernels, [*include, *machine])

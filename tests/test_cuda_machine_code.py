@@ -19,9 +19,10 @@ from vitkit import _library
 HOT = (
     "attention_fwd", "attention_bwd_dq", "attention_bwd_dkv", "attention_dbias_kernel",
     "layer_norm_fwd", "layer_norm_bwd", "patch_project", "patch_dweight", "patch_dimages",
+    "column_sums",
 )  # fmt: skip
 # Disassembled, of one architecture: what most vision transformers use, and the path of float32.
-LOOKED_INTO = re.compile(r"attention_\w+_kernelI(13__nv_bfloat16|f)Li64E")
+LOOKED_INTO = re.compile(r"attention_(?!fwd_hopper)\w+_kernelI(13__nv_bfloat16|f)Li64E")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_every_kernel_is_built_for_every_architecture(usage):
     archs = {arch for arch, _ in usage}
     kernels = {kernel for _, kernel in usage}
     assert usage.keys() == {(a, k) for a in archs for k in kernels}
-    for name in (*HOT, "attention_delta", "group_norm_silu_fwd"):
+    for name in (*HOT, "attention_delta", "group_norm_silu_fwd", "column_sums"):
         assert any(name in k for k in kernels), name
 
 
@@ -80,6 +81,28 @@ def test_attention_uses_tensor_cores(library, usage):
         assert machine_code.TENSOR.search(code), f"{name}: no tensor-core instruction"
         assert "LDGSTS.E.BYPASS.128" in code, f"{name}: no asynchronous copy of 16 bytes"
         assert "LDSM" in code or "If" in name, f"{name}: no ldmatrix"
+        assert not re.search(r"\b(LDL|STL)\b", code), f"{name}: local memory"
+
+
+def test_hopper_attention_uses_hopper(library, usage):
+    """Products of warpgroups from boxes, registers handed from the producers to the consumers, and
+    waits that leave a group in flight: one for each of product_wait."""
+    kernels = [k for a, k in usage if a == "sm_90a" and "attention_fwd_hopper" in k]
+    if not kernels:
+        pytest.skip("built without sm_90a")
+    assert len(kernels) == 2 * 4
+    found = dict(machine_code.disassembled(library, "sm_90a", kernels))
+    assert found.keys() == set(kernels)
+    for name, code in found.items():
+        head_dim = int(re.search(r"Li(\d+)E", name)[1])
+        products = re.findall(r"\bHGMMA\.64x(\d+)x16\.F32", code)
+        # Of scores and of outputs, twice each in the code: the first, or the last, and the others.
+        want = [128] * (head_dim // 16 * 2) + [head_dim] * (128 // 16 * 2)
+        assert sorted(map(int, products)) == sorted(want), name
+        assert len(re.findall(r"\bUTMALDG\.4D", code)) >= 3, name
+        assert "USETMAXREG.DEALLOC" in code and "USETMAXREG.TRY_ALLOC" in code, name
+        # Serialised by the compiler, every product would be waited for alone.
+        assert len(re.findall(r"\bWARPGROUP\.DEPBAR", code)) == 4, name
         assert not re.search(r"\b(LDL|STL)\b", code), f"{name}: local memory"
 
 
@@ -122,9 +145,11 @@ def test_counts_of_machine_code():
     assert k.name == "attention_fwd_kernel"
     assert k.warps == 12  # 65536 / (168 * 128) = 3 blocks of 4 warps
     machine_code.count(
-        k, "HMMA.16816.F32 R4\nLDG.E.128 R8\nLDGSTS.E.BYPASS.128 [R1]\nSTG.E R2\nLDL R0"
+        k,
+        "HMMA.16816.F32 R4\nLDG.E.128 R8\nLDGSTS.E.BYPASS.128 [R1]\nSTG.E R2\nLDL R0\n"
+        "HGMMA.64x128x16.F32 R4\nUTMALDG.4D [UR8]",
     )
-    assert (k.tensor, k.wide, k.accesses, k.spills) == (1, 2, 3, 1)
+    assert (k.tensor, k.wide, k.accesses, k.spills, k.boxes) == (2, 3, 4, 1, 1)
 
 
 def test_summary_of_compiler_logs(tmp_path):

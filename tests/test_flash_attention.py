@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from numerics import DTYPES, assert_parity, double, eager_attention, gradients
 
 import vitkit
-from vitkit.ops.flash_attention import reference
+from vitkit import backends
+from vitkit.ops.flash_attention import cuda_path, reference
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -521,3 +522,33 @@ def test_agrees_with_torch(device):
     for causal in (False, True):
         want = F.scaled_dot_product_attention(*heads_first, is_causal=causal).transpose(1, 2)
         torch.testing.assert_close(vitkit.flash_attention(q, k, v, causal=causal), want)
+
+
+def test_hopper_kernel_is_taken_by_a_rule(monkeypatch):
+    """The rule that the C++ launch asks, and what explain says of it."""
+    runtime = pytest.importorskip("vitkit._runtime")
+    monkeypatch.setattr(runtime, "build_facts", lambda: {"cuda_archs": ["sm_80", "sm_90a"]})
+    q = torch.zeros(2, 600, 3, 2, 72, dtype=torch.bfloat16)[:, :, 0]  # views of one qkv tensor
+
+    def path(q, k=None, capability=(9, 0), **options):
+        k = q if k is None else k
+        return cuda_path(q, k, k, capability=capability, **options)
+
+    assert "sm_90a" in path(q) and "not yet confirmed on hardware" in path(q)
+    assert "sm_90a" in path(q.transpose(1, 2).contiguous().transpose(1, 2))
+    refused = {
+        "compute capability is not 9.0": path(q, capability=(10, 0)),
+        "16-bit elements": path(q.float()),
+        "there is a bias": path(q, bias=torch.zeros(600, 600)),
+        "packed": path(q[0], cu_seqlens_q=torch.tensor([0, 600], dtype=torch.int32)),
+        "head dim is not from 64 to 128": path(q[..., :56]),
+        "fewer than 512": path(q, q[:, :511]),
+        "a tensor is expanded": path(q[:1].expand(2, -1, -1, -1)),
+        "no multiple of 16 bytes": path(q.reshape(-1)[4:-140].view(1, -1, 2, 72)),
+    }
+    for reason, said in refused.items():
+        assert "sm_80 and later, because" in said and reason in said, said
+    monkeypatch.setattr(runtime, "build_facts", lambda: {"cuda_archs": ["sm_80"]})
+    assert "no code for sm_90a" in path(q)
+    text = str(backends.Explanation("flash_attention", "cuda", {"cuda": None}, [], path(q)))
+    assert "CUDA forward pass: the kernel for sm_80" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,12 @@ def test_device_code_includes_no_torch_header():
     assert files
     for path in files:
         assert "#include <torch" not in path.read_text(), path
+
+
+def test_inline_assembly_is_what_the_emulator_stands_in_for():
+    vocabulary = {ROOT / "csrc" / "core" / name for name in ("ptx.cuh", "hopper.cuh")}
+    files = [p for pattern in ("*.cuh", "*.cu") for p in (ROOT / "csrc").rglob(pattern)]
+    assert {p for p in files if re.search(r"\basm\b[^:;]*\(", p.read_text())} == vocabulary
 
 
 def test_host_code_uses_the_stable_abi_only():

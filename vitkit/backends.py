@@ -31,6 +31,8 @@ class Op:
 
     public: Callable[..., Any]
     check: Callable[..., tuple[str, WhyNot]]
+    cuda_path: Callable[..., str] | None = None
+    """Which of its kernels a call on backend ``cuda`` takes, and why, where there is a choice."""
 
 
 OPS: dict[str, Op] = {}
@@ -85,6 +87,8 @@ class Explanation:
     reasons: dict[str, str | None]
     kernels: list[dict[str, Any]] = field(default_factory=list)
     """Of backend ``cuda``, as they were compiled: one entry per kernel and architecture."""
+    cuda_path: str | None = None
+    """Which of them this call takes, and why, where backend ``cuda`` has a choice."""
 
     def __str__(self) -> str:
         width = max(len(name) for name in self.reasons)
@@ -98,6 +102,8 @@ class Explanation:
                 else f"cannot: {reason}"
             )
             lines.append(f"  {name:<{width}}  {state}")
+        if self.cuda_path:
+            lines.append(f"CUDA forward pass: {self.cuda_path}")
         if self.kernels:
             lines.append("CUDA kernels of this build:")
             lines += [f"  {describe(kernel)}" for kernel in self.kernels]
@@ -146,4 +152,6 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     backend = bound.arguments.pop("backend")
     device_type, why_not = entry.check(**bound.arguments)
     chosen = select(op, backend, device_type, why_not)
-    return Explanation(op, chosen, {name: why_not(name) for name in BACKENDS}, kernels_of(op))
+    path = entry.cuda_path(**bound.arguments) if entry.cuda_path and chosen == "cuda" else None
+    reasons = {name: why_not(name) for name in BACKENDS}
+    return Explanation(op, chosen, reasons, kernels_of(op), path)

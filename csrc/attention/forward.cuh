@@ -43,38 +43,46 @@ struct OnlineSoftmax {
     total[r][half] = lane_id() % 4 == 0 ? float(zeros) : 0.f;
   }
 
-  // Turns scores into weights, and scales what was accumulated under another maximum.
+  // Turns the scores of a row into weights. What was accumulated under another maximum is to be
+  // multiplied by the result.
+  template <int kTiles>
+  __device__ __forceinline__ float weigh(float (&s)[kTiles][4], int r, int half, float factor) {
+    float top = peak[r][half];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) top = fmaxf(top, fmaxf(s[n][half * 2], s[n][half * 2 + 1]));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+    const float base = top == -INFINITY ? 0.f : top * factor;
+    const float keep = ptx::exp2_approx(peak[r][half] * factor - base);
+    peak[r][half] = top;
+    float sum = 0.f;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int i = half * 2; i < half * 2 + 2; ++i) {
+        s[n][i] = ptx::exp2_approx(s[n][i] * factor - base);
+        sum += s[n][i];
+      }
+    total[r][half] = total[r][half] * keep + sum;
+    return keep;
+  }
+
+  template <int kOut>
+  static __device__ __forceinline__ void rescale(float (&out)[kOut][4], int half, float keep) {
+#pragma unroll
+    for (int n = 0; n < kOut; ++n) {
+      out[n][half * 2] *= keep;
+      out[n][half * 2 + 1] *= keep;
+    }
+  }
+
   template <int kTiles, int kOut>
   __device__ __forceinline__ void update(float (&s)[kRowTiles][kTiles][4],
                                          float (&out)[kRowTiles][kOut][4], float factor) {
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float top = peak[r][half];
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n)
-          top = fmaxf(top, fmaxf(s[r][n][half * 2], s[r][n][half * 2 + 1]));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-        const float base = top == -INFINITY ? 0.f : top * factor;
-        const float keep = ptx::exp2_approx(peak[r][half] * factor - base);
-        peak[r][half] = top;
-        float sum = 0.f;
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-          for (int i = half * 2; i < half * 2 + 2; ++i) {
-            s[r][n][i] = ptx::exp2_approx(s[r][n][i] * factor - base);
-            sum += s[r][n][i];
-          }
-        total[r][half] = total[r][half] * keep + sum;
-#pragma unroll
-        for (int n = 0; n < kOut; ++n) {
-          out[r][n][half * 2] *= keep;
-          out[r][n][half * 2 + 1] *= keep;
-        }
-      }
+      for (int half = 0; half < 2; ++half) rescale(out[r], half, weigh(s[r], r, half, factor));
   }
 
   // Divides by the sums and returns lse, natural log. Rows that attended nothing: 0 and -inf.
@@ -181,8 +189,9 @@ __global__ void __launch_bounds__(128, 2)
     const int first = step * kKeys, valid = min(end - first, kKeys), stage = step % kStages;
     if (valid <= 0) continue;
     const bool whole = valid == kKeys;
+    const bool all = kKeys == 16 || whole;  // ends are cut in units of 16: 16 keys have no other
     float s[kRowTiles][kTiles][4] = {};
-    if (whole) {
+    if (all) {
       multiply_rows<true>(s, load_query, keys(stage), valid);
     } else {
       multiply_rows<false>(s, load_query, keys(stage), valid);
@@ -212,7 +221,7 @@ __global__ void __launch_bounds__(128, 2)
           }
     }
     softmax.update(s, out, factor);
-    if (whole) {
+    if (all) {
       multiply_columns<true>(out, s, values(stage), 0, valid);
     } else {
       multiply_columns<false>(out, s, values(stage), 0, valid);

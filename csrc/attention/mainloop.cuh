@@ -74,8 +74,11 @@ template <bool kWhole, typename T, int kColumns, int kRowTiles, int kTiles, type
 __device__ __forceinline__ void multiply_rows(float (&d)[kRowTiles][kTiles][4], LoadA&& load_a,
                                               const SharedTile<T, kColumns>& b, int valid) {
   using M = Mma<T>;
-#pragma unroll
-  for (int k = 0; k < kColumns / M::kDepth; ++k) {
+  constexpr int kSteps = kColumns / M::kDepth;
+  // Of rows of a KiB all loads in flight would not leave registers for the accumulators.
+  constexpr int kUnroll = kSteps > 16 ? 8 : kSteps;
+#pragma unroll kUnroll
+  for (int k = 0; k < kSteps; ++k) {
     typename M::A a[kRowTiles];
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) a[r] = load_a(r, k);

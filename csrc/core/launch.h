@@ -27,6 +27,14 @@ inline Element element_of(const char* op, const char* arg, const Tensor& t) {
   }
 }
 
+// 90 for compute capability 9.0.
+inline int compute_capability(const Tensor& t) {
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, t.get_device_index());
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, t.get_device_index());
+  return major * 10 + minor;
+}
+
 class Launch {
  public:
   explicit Launch(const Tensor& x) : guard_(x.get_device_index()) {

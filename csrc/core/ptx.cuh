@@ -1,5 +1,5 @@
-// Every PTX instruction that a kernel may use, for sm_80 and later. Nothing else contains asm: that
-// lets the emulator (tests/emulator/emulated_ptx.h) stand in for this file.
+// Every PTX instruction that a kernel may use, for sm_80 and later. But for hopper.cuh nothing else
+// contains asm: that lets the emulator (tests/emulator/emulated_ptx.h) stand in for this file.
 //
 // Fragments, by lane = 4 * group + pair (PTX manual, "Matrix fragments for mma"):
 //   d of 16 x 8     d[0], d[1]: row group, columns 2 pair and 2 pair + 1; d[2], d[3]: row group + 8

@@ -5,6 +5,7 @@
 
 #include <limits>
 
+#include "attention/hopper_rule.h"
 #include "attention/mainloop.cuh"
 #include "check.h"
 
@@ -60,6 +61,16 @@ inline Tensor with_aligned_rows(const Tensor& t) {
 inline Rows rows_of(const Tensor& t) {
   const int64_t batch = t.dim() == 4 ? t.stride(0) : 0;
   return {const_cast<void*>(t.const_data_ptr()), batch, t.stride(-3), t.stride(-2)};
+}
+
+// Packed [T, H, D] as a batch of one.
+inline HopperTensor hopper_tensor(const Tensor& t) {
+  HopperTensor h{reinterpret_cast<uintptr_t>(t.const_data_ptr()), {1, 1, 1, 1}, {}};
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    h.sizes[4 - t.dim() + d] = t.size(d);
+    h.strides[4 - t.dim() + d] = t.stride(d);
+  }
+  return h;
 }
 
 inline float* floats(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }

@@ -6,6 +6,7 @@
 
 #include <array>
 
+#include "attention/hopper_rule.h"
 #include "attention_arguments.h"
 #include "launch.h"
 
@@ -13,6 +14,17 @@ namespace vitkit::attention {
 namespace {
 
 constexpr const char* kOp = "flash_attention";
+#ifdef VITKIT_SM_90A
+constexpr bool kHopperBuilt = true;
+#else
+constexpr bool kHopperBuilt = false;
+#endif
+
+bool takes_hopper(const AttentionArguments& a, bool with_bias) {
+  return why_not_hopper(kHopperBuilt, compute_capability(a.q), a.element == Element::f32 ? 4 : 2,
+                        a.packed, with_bias, hopper_tensor(a.q), hopper_tensor(a.k),
+                        hopper_tensor(a.v)) == nullptr;
+}
 
 // A tensor that broadcasts to the scores. Null without one.
 struct DenseBias {
@@ -53,7 +65,9 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, std::optional<T
   if (out.numel() == 0) return {out, lse};
   const Launch launch(q);
   const FlashForward p{a.forward(out, lse), a.map, dense.term};
-  check_launch(kOp, flash_forward(p, a.element, a.rows_q, launch.stream()));
+  check_launch(kOp, takes_hopper(a, bias.has_value())
+                        ? flash_forward_hopper(p, a.element, launch.stream())
+                        : flash_forward(p, a.element, a.rows_q, launch.stream()));
   return {out, lse};
 }
 

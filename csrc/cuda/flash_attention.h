@@ -15,6 +15,8 @@ using FlashBiasGradient = BiasGradientParams<SequenceMap, DenseTerm>;
 // Null, or what went wrong. `element` is that of q. A term without data takes the kernels without
 // one. `rows`: tokens of the longest sequence, as far as is known.
 const char* flash_forward(const FlashForward& p, Element element, int rows, Stream stream);
+// For what why_not_hopper has no reason against.
+const char* flash_forward_hopper(const FlashForward& p, Element element, Stream stream);
 const char* flash_backward(const FlashBackward& p, Element element, int rows_q, int rows_k,
                            Stream stream);
 

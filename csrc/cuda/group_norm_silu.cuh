@@ -53,6 +53,7 @@ struct Params {
 struct Channel {
   float factor, term, rstd, centre;
 
+  Channel() = default;
   __device__ __forceinline__ Channel(const Params& p, int64_t n, int64_t c) {
     const int64_t group = n * p.groups + c / p.per_group();
     set(p, n, c, p.mean[group], p.rstd[group]);
@@ -304,11 +305,13 @@ __global__ void __launch_bounds__(kThreads) column_sums_kernel(Params p) {
     const int64_t start = n * p.positions * p.channels + c;
     const T* const x = static_cast<const T*>(p.x) + start;
     const T* const grad = static_cast<const T*>(p.grad) + start;
+    Channel channel[kPack];
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) channel[k] = Channel(p, n, c + k);
     for (int64_t i = part_begin(p, part) + warp; i < part_begin(p, part + 1); i += kWarps) {
       const P v = P::load(x + i * p.channels), g = P::load(grad + i * p.channels);
 #pragma unroll
-      for (int k = 0; k < kPack; ++k)
-        s[k].template add<kSilu>(Channel(p, n, c + k), v.get(k), g.get(k));
+      for (int k = 0; k < kPack; ++k) s[k].template add<kSilu>(channel[k], v.get(k), g.get(k));
     }
   }
 #pragma unroll

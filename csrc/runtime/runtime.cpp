@@ -1,11 +1,34 @@
 // vitkit._runtime: facts of this build. It links neither torch nor CUDA, so it can be imported
 // anywhere.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "attention/hopper_rule.h"
 #include "build_facts.h"
 #include "kernel_attributes.h"
 
 namespace py = pybind11;
+
+namespace {
+
+// Address, sizes and strides of [B, N, H, D].
+using TensorFacts = std::tuple<uint64_t, std::array<int64_t, 4>, std::array<int64_t, 4>>;
+
+vitkit::attention::HopperTensor hopper_tensor(const TensorFacts& facts) {
+  const auto& [address, sizes, strides] = facts;
+  vitkit::attention::HopperTensor t{address, {}, {}};
+  std::copy(sizes.begin(), sizes.end(), t.sizes);
+  std::copy(strides.begin(), strides.end(), t.strides);
+  return t;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_runtime, m) {
   m.doc() = "Facts of vitkit's native build.";
@@ -19,6 +42,20 @@ PYBIND11_MODULE(_runtime, m) {
       "What the compiler made of the CUDA kernels: a list of source, kernel, architecture, number "
       "of instantiations, fewest and most registers, bytes spilled, bytes of static shared "
       "memory.");
+  m.def(
+      "why_not_hopper",
+      [](bool built, int capability, int bytes_of_element, bool packed, bool with_bias,
+         const TensorFacts& q, const TensorFacts& k,
+         const TensorFacts& v) -> std::optional<std::string> {
+        const char* reason = vitkit::attention::why_not_hopper(built, capability, bytes_of_element,
+                                                               packed, with_bias, hopper_tensor(q),
+                                                               hopper_tensor(k), hopper_tensor(v));
+        return reason ? std::optional<std::string>(reason) : std::nullopt;
+      },
+      py::arg("built"), py::arg("capability"), py::arg("bytes_of_element"), py::arg("packed"),
+      py::arg("with_bias"), py::arg("q"), py::arg("k"), py::arg("v"),
+      "Why the forward pass of flash_attention does not take its kernel for Hopper GPUs, None if "
+      "it does. Tensors are (address, sizes, strides) of [B, N, H, D].");
   m.def(
       "cpu_features",
       [] {

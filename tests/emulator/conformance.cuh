@@ -5,58 +5,16 @@
 // the order of a tensor core's sums is its own. Prints JSON.
 #pragma once
 
-#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <string>
 #include <vector>
 
+#include "conformance_hopper.cuh"
 #include "launch_kernel.cuh"
-#include "mma.cuh"
 #include "reduce.cuh"
 
 namespace vitkit::conformance {
-
-constexpr int kThreads = 128, kInputs = 4096;
-
-struct Params {
-  const uint32_t* in;  // [kInputs], random bits
-  uint32_t* out;       // [kThreads, words]
-  int words;           // a thread writes
-};
-
-struct Output {
-  uint32_t* to;
-  __device__ __forceinline__ explicit Output(const Params& p)
-      : to(p.out + int(threadIdx.x) * p.words) {}
-  __device__ __forceinline__ void word(uint32_t w) { *to++ = w; }
-  __device__ __forceinline__ void number(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    word(bits);
-  }
-  template <typename T>
-  __device__ __forceinline__ void bits(const T& x) {
-    static_assert(sizeof(T) % 4 == 0);
-    uint32_t w[sizeof(T) / 4];
-    memcpy(w, &x, sizeof(T));
-    for (const uint32_t i : w) word(i);
-  }
-};
-
-__device__ __forceinline__ uint32_t random_word(const Params& p, int i) {
-  return p.in[(int(threadIdx.x) * 31 + i) % kInputs];
-}
-__device__ __forceinline__ float as_float(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, 4);
-  return x;
-}
-// -8 to 7, or of [-1, 1) in steps of 2^-10.
-__device__ __forceinline__ float small_number(uint32_t bits, bool whole) {
-  return whole ? float(int(bits % 16) - 8) : float(int(bits % 2048) - 1024) / 1024.f;
-}
 
 template <bool kTransposed>
 __global__ void load_matrices_kernel(const __grid_constant__ Params p) {
@@ -218,6 +176,7 @@ struct Primitive {
   int words;
   // 0: every bit agrees. Otherwise of numbers: |difference| <= tolerance * max(1, |number|).
   double tolerance;
+  bool hopper = false;  // for compute capability 9.0 alone
 };
 
 constexpr double kNear = 1. / (1 << 18);
@@ -240,6 +199,16 @@ static const Primitive kPrimitives[] = {
     {"packs", &pack_kernel, 8, 0},
     {"sums", &sum_kernel, 4, 0},
     {"approximations", &approximate_kernel, 6, kNear},
+    {"hopper_box_16", &hopper_box_kernel<0>, 4, 0, true},
+    {"hopper_box_32", &hopper_box_kernel<1>, 8, 0, true},
+    {"hopper_box_64", &hopper_box_kernel<2>, 16, 0, true},
+    {"hopper_rows_bf16_16", &hopper_rows_kernel<__nv_bfloat16, 0>, 64, 0, true},
+    {"hopper_rows_f16_32", &hopper_rows_kernel<__half, 1>, 64, 0, true},
+    {"hopper_rows_bf16_64", &hopper_rows_kernel<__nv_bfloat16, 2>, 64, 0, true},
+    {"hopper_columns_f16_80", &hopper_columns_kernel<__half, 0, 10>, 40, 0, true},
+    {"hopper_columns_bf16_96", &hopper_columns_kernel<__nv_bfloat16, 1, 12>, 48, 0, true},
+    {"hopper_columns_bf16_64", &hopper_columns_kernel<__nv_bfloat16, 2, 8>, 32, 0, true},
+    {"hopper_columns_f16_128", &hopper_columns_kernel<__half, 2, 16>, 64, 0, true},
 };
 
 inline std::vector<uint32_t> random_bits() {
@@ -267,6 +236,7 @@ struct Place {
     std::memcpy(to, from, words * 4);
   }
   static std::string name() { return "emulator"; }
+  static bool is_hopper() { return true; }
 #else
   static uint32_t* make(size_t words, const uint32_t* from) {
     void* memory = nullptr;
@@ -282,6 +252,11 @@ struct Place {
     check(cudaGetDeviceProperties(&properties, 0));
     return properties.name;
   }
+  static bool is_hopper() {
+    int major = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    return major == 9;
+  }
   static void check(cudaError_t error) {
     if (error == cudaSuccess) return;
     std::fprintf(stderr, "%s\n", cudaGetErrorString(error));
@@ -290,17 +265,46 @@ struct Place {
 #endif
 };
 
+// The maps of Params, over numbers that `bits` become.
+inline const char* encode_maps(Params& p, const std::vector<uint32_t>& bits) {
+  for (int half = 0; half < 2; ++half) {
+    std::vector<uint16_t> numbers(kNumberRows * kNumberColumns);
+    for (size_t i = 0; i < numbers.size(); ++i) {
+      const float x = small_number(bits[i * 7 % kInputs] >> 5, true);
+      const __half f16 = __float2half_rn(x);
+      const __nv_bfloat16 bf16 = __float2bfloat16_rn(x);
+      std::memcpy(&numbers[i], half ? static_cast<const void*>(&f16) : &bf16, 2);
+    }
+    const uint32_t* const data =
+        Place::make(numbers.size() / 2, reinterpret_cast<const uint32_t*>(numbers.data()));
+    for (int width = 0; width < 3; ++width) {
+      const BoxedTensor t{data, kNumberColumns, kNumberRows, 1, 1, kNumberColumns, 0,
+                          0,    16 << width,    kBoxRows};
+      if (const char* error = encode(p.maps[half][width], t)) return error;
+    }
+  }
+  return nullptr;
+}
+
+constexpr int kSharedBytes = 34 * 1024;
+
 inline int run(Stream stream) {
   const std::vector<uint32_t> bits = random_bits();
-  const uint32_t* const in = Place::make(bits.size(), bits.data());
+  Params p{Place::make(bits.size(), bits.data())};
+  const char* const no_maps = Place::is_hopper() ? encode_maps(p, bits) : nullptr;
+  if (no_maps) {
+    std::fprintf(stderr, "%s\n", no_maps);
+    return 1;
+  }
   std::printf("{\"hardware\": \"%s\", \"primitives\": {", Place::name().c_str());
   const char* separator = "";
   for (const Primitive& primitive : kPrimitives) {
+    if (primitive.hopper && !Place::is_hopper()) continue;
     const size_t words = size_t(kThreads) * size_t(primitive.words);
     std::vector<uint32_t> out(words, 0xdeadbeefu);
-    const Params p{in, Place::make(words, out.data()), primitive.words};
-    const char* error =
-        launch_kernel(primitive.kernel, 1, kThreads, 2 * kThreads * 16 + 32 * 48 * 4, stream, p);
+    p.out = Place::make(words, out.data());
+    p.words = primitive.words;
+    const char* error = launch_kernel(primitive.kernel, 1, kThreads, kSharedBytes, stream, p);
     if (error) {
       std::fprintf(stderr, "%s: %s\n", primitive.name, error);
       return 1;

@@ -1,6 +1,6 @@
 // The scheduler. Compiled without sanitizers, whose fiber hooks it calls
 // where they are linked in.
-#include "emulator.h"
+#include "scheduler.h"
 
 #undef threadIdx
 #undef blockIdx
@@ -56,7 +56,7 @@ namespace {
 constexpr size_t kStack = 256 * 1024;
 constexpr size_t kMaxThreads = 1024;
 
-enum class State { ready, at_barrier, at_collective, done };
+enum class State { ready, at_barrier, at_collective, waits, done };
 
 struct Fiber {
   Thread thread;
@@ -67,8 +67,9 @@ struct Fiber {
   Site site;
   WarpOp op;
   void* argument;
-  std::vector<Copy> copies;  // in flight, oldest first
-  std::vector<int> groups;   // how many of them each committed group holds
+  bool (*until)(const void*);  // what it waits for, with `argument`
+  std::vector<Copy> copies;    // in flight, oldest first
+  std::vector<int> groups;     // how many of them each committed group holds
   size_t first_copy = 0, first_group = 0;
   int open = 0;  // in no group yet
   // Barriers, and warp operations that order memory, until now. What the thread sanitizer is told
@@ -120,6 +121,7 @@ void enter() {
   (*body)();
   if (running->first_copy < running->copies.size())
     fail(running->site, "the thread ends with copies in flight");
+  if (const char* left = left_by_thread(running->thread.thread.x)) fail(running->site, "%s", left);
   running->state = State::done;
   if (__tsan_release) __tsan_release(&body);
   switch_to(nullptr);
@@ -171,9 +173,12 @@ bool step(size_t first, std::mt19937_64& random) {
   }
   const size_t last = std::min(first + 32, threads);
   const Fiber* at = nullptr;
-  for (size_t i = first; i < last; ++i)
+  bool all = true;
+  for (size_t i = first; i < last; ++i) {
     if (fibers[i]->state == State::at_collective) at = fibers[i].get();
-  if (at == nullptr) return true;
+    all &= fibers[i]->state != State::waits;
+  }
+  if (at == nullptr || !all) return true;
   void* arguments[32];
   for (size_t i = first; i < last; ++i) {
     const Fiber& f = *fibers[i];
@@ -187,11 +192,21 @@ bool step(size_t first, std::mt19937_64& random) {
   return true;
 }
 
+bool finish_block() {
+  if (const char* left = left_by_block()) return report(*fibers[0], left, nullptr);
+  return true;
+}
+
 bool run_block(std::mt19937_64& random, bool starve) {
   const size_t warps = (threads + 31) / 32;
   std::vector<uint64_t> priority(warps);
   for (uint64_t& p : priority) p = random();
   for (;;) {
+    if (copies_under_way() && random() % 4 == 0) finish_copy(random);
+    for (size_t i = 0; i < threads; ++i) {
+      Fiber& f = *fibers[i];
+      if (f.state == State::waits && f.until(f.argument)) f.state = State::ready;
+    }
     const Fiber* ended = nullptr;
     const Fiber* waits = nullptr;
     std::vector<size_t> ready;
@@ -213,7 +228,14 @@ bool run_block(std::mt19937_64& random, bool starve) {
       if (!step((starve ? ahead : drawn) * 32, random)) return false;
       continue;
     }
-    if (waits == nullptr) return true;
+    if (copies_under_way() && waits != nullptr) {
+      finish_copy(random);
+      continue;
+    }
+    if (waits == nullptr) return finish_block();
+    for (size_t i = 0; i < threads; ++i)
+      if (fibers[i]->state == State::waits)
+        return report(*fibers[i], "waits for what never comes", nullptr);
     for (size_t i = 0; i < threads; ++i)
       if (fibers[i]->state != State::at_barrier || !(fibers[i]->site == waits->site))
         return report(*waits, "waits at a barrier", fibers[i].get());
@@ -244,6 +266,19 @@ unsigned char* shared_at(uint32_t address, uint32_t bytes, Site here) {
   if (uint64_t(address) + bytes > shared_bytes)
     fail(here, "shared address %u, %u bytes: the launch has %zu", address, bytes, shared_bytes);
   return shared + address;
+}
+
+void release(void* tag) {
+  if (__tsan_release) __tsan_release(tag);
+}
+void acquire(void* tag) {
+  if (__tsan_acquire) __tsan_acquire(tag);
+}
+
+void wait_until(bool (*ready)(const void*), const void* what, Site here) {
+  running->until = ready;
+  running->argument = const_cast<void*>(what);
+  if (!ready(what)) wait(State::waits, here);
 }
 
 void barrier(Site here) {
@@ -327,6 +362,7 @@ bool launch(dim3 grid, dim3 block, size_t bytes, uint64_t seed,
           int(i % 32)};
       start(*fibers[i]);
     }
+    begin_async(threads);
     run_block(random, seed % 2 == 1);
     if (__tsan_acquire) __tsan_acquire(&body);
     if (__tsan_destroy_fiber)

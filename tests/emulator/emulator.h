@@ -106,6 +106,9 @@ struct Multiply {
 template <typename T>
 void multiply_16816_op(void* const (&lanes)[32]);
 void multiply_tf32_1688_op(void* const (&lanes)[32]);
+// The value of 16 bits.
+template <typename T>
+float widen(uint32_t bits);
 
 // Runs `kernel` for every thread of every block. False if a block did something undefined: see
 // error(). Even seeds draw warps evenly, odd ones give them priorities, so that some fall behind.

@@ -33,10 +33,6 @@ void load_matrix_op(void* const (&lanes)[32]) {
 template void load_matrix_op<false>(void* const (&)[32]);
 template void load_matrix_op<true>(void* const (&)[32]);
 
-namespace {
-
-template <typename T>
-float widen(uint32_t bits);
 template <>
 float widen<__nv_bfloat16>(uint32_t bits) {
   bits <<= 16;
@@ -59,6 +55,8 @@ float widen<__half>(uint32_t bits) {
   }();
   return values[bits & 0xffff];
 }
+
+namespace {
 
 // The tensor core does not read the low 13 bits of a tf32.
 float truncated(uint32_t bits) {

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -501,4 +502,36 @@ def _plan(q, k, v, bias, causal, scale, cu_seqlens_q, cu_seqlens_k, backend) -> 
     return plan
 
 
-backends.OPS[NAME] = backends.Op(flash_attention, _check)
+def cuda_path(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    bias: torch.Tensor | ScoreBias | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    capability: tuple[int, int] | None = None,
+    **options: Any,
+) -> str:
+    """Which forward kernel the C++ CUDA backend takes for a (valid) call, and why not the one for
+    Hopper GPUs. ``capability``: of another GPU than that of q."""
+    if importlib.util.find_spec("vitkit._runtime") is None:
+        return "not known, vitkit._runtime is not built"
+    runtime = importlib.import_module("vitkit._runtime")
+    if capability is None:
+        capability = torch.cuda.get_device_capability(q.device)
+    packed = cu_seqlens_q is not None
+    tensors = [t[None] if packed else t for t in (q, k, v)]
+    reason = runtime.why_not_hopper(
+        "sm_90a" in runtime.build_facts()["cuda_archs"],
+        capability[0] * 10 + capability[1],
+        q.element_size(),
+        packed,
+        bias is not None,
+        *((t.data_ptr(), list(t.shape), list(t.stride())) for t in tensors),
+    )
+    if reason is None:
+        return "the kernel for sm_90a (emulated, not yet confirmed on hardware)"
+    return f"the kernel for sm_80 and later, because {reason}"
+
+
+backends.OPS[NAME] = backends.Op(flash_attention, _check, cuda_path)
