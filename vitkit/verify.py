@@ -4,6 +4,7 @@ float64."""
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import statistics
 import time
@@ -89,8 +90,8 @@ def verify(
             that draw random numbers stay in eval mode, and buffers are put back.
         compiled: also compare and time the patched model under ``torch.compile``, and time the
             unpatched one there. Compiling takes its time, twice.
-        seconds: time spent on measuring speed, calls taking turns; at least five of each. 0
-            measures neither speed nor memory.
+        seconds: time spent on measuring speed, calls taking turns; at least five of each, fewer
+            where five would take ten times as long. 0 measures neither speed nor memory.
         progress: called with the name of each step.
 
     Returns:
@@ -117,15 +118,14 @@ def verify(
         tell("unpatched run")
         before = _run(model, inputs, kwargs, train)
         tell("float64 run")
-        truth = _run(copy.deepcopy(model).double(), *widened((inputs, kwargs)), train)
+        wide_inputs, wide_kwargs = widened((inputs, kwargs))
+        truth = _run(copy.deepcopy(model).double(), wide_inputs, wide_kwargs, train)
         report = switch.on()
         tell("patched run")
         with calls:
             after = _run(model, inputs, kwargs, train)
-        ways: dict[str, _Way] = {
-            BEFORE: (switch.off, lambda: _run(model, inputs, kwargs, train)),
-            AFTER: (switch.on, lambda: _run(model, inputs, kwargs, train)),
-        }
+        call = functools.partial(_run, model, inputs, kwargs, train)
+        ways: dict[str, _Way] = {BEFORE: (switch.off, call), AFTER: (switch.on, call)}
         runs = [("", after)]
         if compiled:
             tell("compiling")
@@ -137,11 +137,10 @@ def verify(
                     continue
                 if name == AFTER:
                     runs.append((f"{COMPILED[AFTER]}: ", result))
-                ways[COMPILED[name]] = (
-                    lambda: None,
-                    lambda copied=copied: _run(copied, inputs, kwargs, train),
-                )
-        timings, rounds = {}, 0
+                call = functools.partial(_run, copied, inputs, kwargs, train)
+                ways[COMPILED[name]] = (lambda: None, call)
+        timings: dict[str, Timing] = {}
+        rounds = 0
         if seconds > 0:
             tell("timing")
             timings, rounds = _take_turns(ways, seconds, _on_gpu(model))
@@ -303,14 +302,14 @@ def _take_turns(
         return time.perf_counter() - start
 
     taken: dict[str, list[float]] = {name: [] for name in ways}
-    stop = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < 5 or (time.perf_counter() < stop and rounds < 101):
+    start = time.perf_counter()
+    rounds, spent = 0, 0.0
+    while rounds < 2 or (rounds < 5 and spent < 10 * seconds) or (rounds < 101 and spent < seconds):
         # First one, then the other first: what drifts favours neither.
         order: Sequence[str] = list(ways)[:: -1 if rounds % 2 else 1]
         for name in order:
             taken[name].append(timed(ways[name]))
-        rounds += 1
+        rounds, spent = rounds + 1, time.perf_counter() - start
     first = taken[next(iter(ways))]
     timings = {}
     for name, way in ways.items():
