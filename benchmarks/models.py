@@ -22,6 +22,7 @@ import torch
 
 from vitkit import doctor
 from vitkit.models import create, list_models
+from vitkit.models.__main__ import parameters
 from vitkit.verification import AFTER, BEFORE, Verification
 from vitkit.verify import verify
 
@@ -57,12 +58,6 @@ def load(path: Path | None = None) -> dict[str, Any]:
 
 
 # ---- one model, in its own process ----
-
-
-def parameters(name: str) -> int:
-    """Of the full model, without its memory."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in create(name).parameters())
 
 
 def _make(name: str) -> tuple[torch.nn.Module, Inputs]:

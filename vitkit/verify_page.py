@@ -3,6 +3,7 @@ of every layer."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING
@@ -61,7 +62,15 @@ def _plot(layers: Sequence[LayerError]) -> str:
         at = [max(v, floor) for v in values]
         axes.plot(at, rows, marker, color=colour, label=label, markersize=size)
     axes.set_yticks(rows, [e.name for e in layers], fontsize=8)
-    axes.set(xscale="log", ylim=(len(layers) - 0.5, -0.5))
+    shown = [max(v, floor) for e in layers for v in (e.limit, e.eager, e.patched)]
+    decades = (math.floor(math.log10(min(shown))), math.ceil(math.log10(max(shown))))
+    axes.set(
+        xscale="log",
+        ylim=(len(layers) - 0.5, -0.5),
+        xlim=[0.9 * 10.0 ** decades[0], 1.1 * 10.0 ** decades[1]],
+    )
+    axes.set_xticks([10.0**d for d in range(decades[0], decades[1] + 1)])
+    axes.xaxis.set_minor_formatter("")
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", left=False)
     axes.set_xlabel("largest error / largest value of the layer")
