@@ -127,7 +127,7 @@ def attempt(name: str, count: int, options: argparse.Namespace) -> dict[str, Any
             [str(c) for c in command], capture_output=True, text=True, timeout=options.time_box
         )
     except subprocess.TimeoutExpired:
-        return {"reason": f"takes more than {options.time_box / 60:.0f} minutes"}
+        return {"reason": f"takes more than {options.time_box:g} s"}
     if done.returncode < 0:
         return {"reason": f"ended by signal {-done.returncode}"}
     if done.returncode:

@@ -32,8 +32,8 @@ def example_inputs(
         return tuple(model.example_inputs(batch)), {}  # type: ignore[operator]
     config = _as_mapping(getattr(model, "config", None))
     parameters = inspect.signature(model.forward).parameters
-    if "_class_name" in config:  # diffusers
-        return _of_diffusers(config, parameters, shape, batch)
+    if any(cls.__module__.startswith("diffusers.") for cls in type(model).__mro__):
+        return _of_diffusers(model, config, parameters, shape, batch)
     first = getattr(model, "main_input_name", None)  # transformers
     if shape is None and first is not None:
         return (), _of_transformers(config, parameters, first, batch)
@@ -77,6 +77,7 @@ def _of_transformers(
 
 
 def _of_diffusers(
+    model: torch.nn.Module,
     config: Mapping[str, Any],
     parameters: Mapping[str, Any],
     shape: tuple[int, ...] | None,
@@ -99,7 +100,7 @@ def _of_diffusers(
         "img_ids": lambda: _grid(shape[1]),
         "txt_ids": lambda: torch.zeros(TEXT_TOKENS, 3),
         "guidance": lambda: torch.full((batch,), 3.5) if config.get("guidance_embeds") else None,
-        "added_cond_kwargs": lambda: _sizes(config, batch, 8.0 * shape[-1]),
+        "added_cond_kwargs": lambda: _sizes(model, config, batch, 8.0 * shape[-1]),
     }
     named = {n: make() for n, make in makers.items() if n in parameters}
     return (torch.randn(shape),), {n: v for n, v in named.items() if v is not None}
@@ -118,14 +119,16 @@ def _grid(tokens: int) -> torch.Tensor:
     return torch.stack([place * 0, place // side, place % side], -1).float()
 
 
-def _sizes(config: Mapping[str, Any], batch: int, pixels: float) -> dict[str, Any] | None:
+def _sizes(
+    model: torch.nn.Module, config: Mapping[str, Any], batch: int, pixels: float
+) -> dict[str, Any] | None:
     """What SDXL and PixArt are told about the image's size."""
     if config.get("addition_embed_type") == "text_time":
         width = config["projection_class_embeddings_input_dim"]
         pooled = torch.randn(batch, width - 6 * config["addition_time_embed_dim"])
         sizes = torch.tensor([pixels, pixels, 0, 0, pixels, pixels]).expand(batch, -1)
         return {"text_embeds": pooled, "time_ids": sizes}
-    if config["_class_name"].startswith("PixArt"):
+    if type(model).__name__.startswith("PixArt"):
         sizes = torch.full((batch, 2), pixels)
         return {"resolution": sizes, "aspect_ratio": torch.ones(batch, 1)}
     return None

@@ -84,8 +84,9 @@ def _called(spec: str, maker: Callable[..., Any], options: dict[str, Any]) -> An
 
 
 def _near(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
-    return f" (near: {', '.join(near)})" if near else ""
+    by_letters = {n.lower(): n for n in names}
+    near = difflib.get_close_matches(name.lower(), by_letters, n=3, cutoff=0.5)
+    return f" (near: {', '.join(by_letters[n] for n in near)})" if near else ""
 
 
 def _host(package: str) -> ModuleType:
