@@ -24,6 +24,9 @@ from vitkit.verification import AFTER, BEFORE, COMPILED, OutputParity, Timing, V
 
 Named = list[tuple[str, torch.Tensor]]
 
+# Seconds after which five rounds are no longer waited for.
+LONG = 60.0
+
 # Modules that draw random numbers in training, beside torch's dropouts.
 RANDOM = ("DropPath", "StochasticDepth", "PatchDropout")
 
@@ -90,8 +93,8 @@ def verify(
             that draw random numbers stay in eval mode, and buffers are put back.
         compiled: also compare and time the patched model under ``torch.compile``, and time the
             unpatched one there. Compiling takes its time, twice.
-        seconds: time spent on measuring speed, calls taking turns; at least five of each, fewer
-            where five would take ten times as long. 0 measures neither speed nor memory.
+        seconds: time spent on measuring speed, calls taking turns; at least five of each, or as
+            many as a minute holds. 0 measures neither speed nor memory.
         progress: called with the name of each step.
 
     Returns:
@@ -304,7 +307,7 @@ def _take_turns(
     taken: dict[str, list[float]] = {name: [] for name in ways}
     start = time.perf_counter()
     rounds, spent = 0, 0.0
-    while rounds < 2 or (rounds < 5 and spent < 10 * seconds) or (rounds < 101 and spent < seconds):
+    while rounds < 2 or (rounds < 5 and spent < LONG) or (rounds < 101 and spent < seconds):
         # First one, then the other first: what drifts favours neither.
         order: Sequence[str] = list(ways)[:: -1 if rounds % 2 else 1]
         for name in order:
