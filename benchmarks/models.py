@@ -93,6 +93,7 @@ def _row(result: Verification, shapes: str) -> dict[str, Any]:
         "closeness": result.closeness,
         "milliseconds": [before.seconds * 1e3, after.seconds * 1e3],
         "speedup": after.speedup,
+        "spread": after.spread,
         "rounds": result.rounds,
         "peak_mbytes": [before.peak_bytes / 2**20, after.peak_bytes / 2**20],
     }
@@ -203,10 +204,10 @@ def cells(name: str, rows: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _numbers(row: dict[str, Any]) -> tuple[str, ...]:
-    before, after = row["milliseconds"]
     calls = str(sum(row["kernel_calls"].values()))
     closeness = f"{row['closeness']:.2f}" if row["ok"] else "**missed**"
-    return calls, closeness, f"{row['speedup']:.2f}x ({before:.0f} to {after:.0f} ms)"
+    least, most = row["spread"]
+    return calls, closeness, f"{row['speedup']:.2f}x ({least:.2f} to {most:.2f})"
 
 
 def hosts_table(data: dict[str, Any]) -> str:

@@ -30,7 +30,9 @@ def found(error: float = 1e-6) -> Verification:
         replaced=[Replaced(LONG, "Attention", "flash_attention")],
         skipped=[Skipped("", "Odd<b>", "a subclass of timm's Attention: it may compute otherwise")],
     )
-    timings = {n: Timing(0.1 / (i + 1), i + 1.0, 2.0**20) for i, n in enumerate(NAMES)}
+    timings = {
+        n: Timing(0.1 / (i + 1), i + 1.0, (0.9, i + 1.5), 2.0**20) for i, n in enumerate(NAMES)
+    }
     gradients = [tensor(f"gradient of blocks.{i}.weight") for i in range(20)]
     calls = {"flash_attention_fwd": {"cpu": 12}}
     return Verification(report, {}, [tensor("output")], gradients, timings, 5, calls)

@@ -51,11 +51,13 @@ class Timing:
         seconds: median time of a call.
         speedup: median over the rounds of unpatched over this time: two calls one after the other
             share what the machine's neighbours do to them.
+        spread: the least and the most of those ratios.
         peak_bytes: most memory allocated at once by a call, beyond what was there.
     """
 
     seconds: float
     speedup: float
+    spread: tuple[float, float]
     peak_bytes: float
 
 
@@ -165,9 +167,10 @@ class Verification:
             lines.append(f"{len(self.gradients)} gradients; worst {worst.name}: {worst.parity}")
         for name, t in self.timings.items():
             text = f"{name:>17}  {t.seconds * 1e3:9.1f} ms  {t.speedup:5.2f}x"
-            lines.append(f"{text}  {t.peak_bytes / 2**20:9.1f} MiB")
+            spread = f"({t.spread[0]:.2f} to {t.spread[1]:.2f})"
+            lines.append(f"{text} {spread:<16}  {t.peak_bytes / 2**20:9.1f} MiB")
         if self.timings:
-            lines.append(f"(medians of {self.rounds} rounds; memory of a call at its peak)")
+            lines.append(f"(medians of {self.rounds} rounds, and their range; memory at its peak)")
         return lines
 
     def _verdict(self) -> list[str]:

@@ -319,5 +319,6 @@ def _take_turns(
         ratios = [b / a for b, a in zip(first, taken[name], strict=True)]
         way[0]()
         memory = peak_bytes(way[1], "cuda" if on_gpu else "cpu")
-        timings[name] = Timing(statistics.median(taken[name]), statistics.median(ratios), memory)
+        middle, spread = statistics.median(ratios), (min(ratios), max(ratios))
+        timings[name] = Timing(statistics.median(taken[name]), middle, spread, memory)
     return timings, rounds
