@@ -139,12 +139,8 @@ def test_the_speed_up_is_that_of_neighbouring_calls(x, monkeypatch):
     }
     timings, rounds = module._take_turns(ways, 0.0, False)
     after = timings["patched"]
-    assert (
-        rounds == 5
-        and after.speedup == 1.5
-        and after.spread[1] == 3.0
-        and timings["unpatched"].speedup == 1.0
-    )
+    assert rounds == 5 and after.speedup == 1.5 and timings["unpatched"].speedup == 1.0
+    assert after.spread == (0.75, 1.5)
     assert calls[:4] == [False, True, True, False], "the order changes from round to round"
     assert timings["unpatched"].seconds == 1.5 and after.seconds == 2.0
 

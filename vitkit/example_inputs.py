@@ -12,7 +12,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 TEXT_TOKENS = 77
 # Where configurations of diffusers keep the width of the text they attend.
-TEXT_WIDTHS = ("cross_attention_dim", "joint_attention_dim", "caption_channels", "text_embed_dim")
+TEXT_WIDTHS = ("caption_channels", "joint_attention_dim", "cross_attention_dim")
 
 
 def example_inputs(
