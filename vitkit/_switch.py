@@ -26,10 +26,9 @@ class Switch:
     def __init__(self, model: torch.nn.Module, backend: str) -> None:
         self.model, self.backend = model, backend
         self.report: Report = patch(model, backend=backend, dry_run=True)
-        modules = [m for m in model.modules() if type(m).__module__.startswith("vitkit.")]
+        modules = [m for m in model.modules() if _is_of(m, "vitkit.")]
         self._before = [(m, m.__dict__.get("vitkit_backend")) for m in modules]
-        kernels = (type(m) for m in modules if type(m).__module__.startswith("vitkit.nn."))
-        self.own = dict(Counter(cls.__name__ for cls in kernels))
+        self.own = dict(Counter(type(m).__name__ for m in modules if _is_of(m, "vitkit.nn.")))
 
     def off(self) -> None:
         unpatch(self.model)
@@ -55,10 +54,15 @@ class Switch:
     def places(self) -> set[str]:
         """Paths of the modules around whatever has kernels: a module may compute its neighbour
         along with itself (a norm its activation), so that its own output has no counterpart."""
-        own = {id(m) for m, _ in self._before if type(m).__module__.startswith("vitkit.nn.")}
+        own = {id(m) for m, _ in self._before if _is_of(m, "vitkit.nn.")}
         named = ((n, m) for n, m in self.model.named_modules() if id(m) in own)
         names = itertools.chain((r.name for r in self.report.replaced), (n for n, _ in named))
         return {n.rpartition(".")[0] for n in names} - {""}
+
+
+def _is_of(module: torch.nn.Module, package: str) -> bool:
+    """Whether its class, or one it is derived from, is of that package."""
+    return any(cls.__module__.startswith(package) for cls in type(module).__mro__)
 
 
 def widened(values: Any) -> Any:

@@ -68,7 +68,7 @@ def run(asked: Asked, page: Path | None = None) -> Verification:
             compiled=asked.compiled, seconds=asked.seconds, progress=steps.append, **kwargs,
         )  # fmt: skip
     except Exception as error:
-        if not steps or "verify: " in str(error):
+        if not steps or str(error).startswith("verify: "):
             raise Refused(str(error)) from error
         if steps[-1] == "unpatched run":
             shapes = ", ".join(_shapes((args, kwargs)))
