@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from vitkit import doctor
+from vitkit.model_specs import without_zeros
 from vitkit.models import create, list_models
 from vitkit.models.__main__ import parameters
 from vitkit.verification import AFTER, BEFORE, Verification
@@ -63,8 +64,9 @@ def load(path: Path | None = None) -> dict[str, Any]:
 def _make(name: str) -> tuple[torch.nn.Module, Inputs]:
     torch.manual_seed(0)
     if name in HOSTS:
-        return HOSTS[name].make()
-    model = create(name)
+        model, inputs = HOSTS[name].make()
+        return without_zeros(model), inputs
+    model = without_zeros(create(name))
     return model, (model.example_inputs(batch=1), {})  # type: ignore[operator]
 
 

@@ -69,6 +69,14 @@ def test_a_model_of_every_kind_runs_on_its_inputs(spec, options):
     assert any(isinstance(t, torch.Tensor) and t.isfinite().all() for t in tensors)
 
 
+def test_gates_that_start_at_zero_are_redrawn():
+    """With them a diffusion transformer is the identity, and proves nothing."""
+    model = build_model("vitkit:dit_s2", reduced=True).eval()
+    assert all(p.any() for p in model.parameters())
+    args, _ = example_inputs(model)
+    assert model(*args).abs().max() > 0
+
+
 def test_a_file_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "own_model.py").write_text(
         "import torch\n"

@@ -43,7 +43,7 @@ def parse_options(assignments: Iterable[str]) -> dict[str, Any]:
 
 
 def build_model(spec: str, **options: Any) -> Any:
-    """The model that a line of text names, with random weights.
+    """The model that a line of text names, with random weights, zeros redrawn.
 
     ``timm:NAME``, ``torchvision:NAME``, ``vitkit:NAME``; ``transformers:CLASS`` and
     ``diffusers:CLASS`` with their default configuration; or ``package.module:callable`` and
@@ -63,7 +63,7 @@ def build_model(spec: str, **options: Any) -> Any:
     if not name or not prefix:
         raise ValueError(f"model must be one of {FORMS}; got {spec!r}")
     if prefix in HOSTS:
-        return HOSTS[prefix](name, options)
+        return without_zeros(HOSTS[prefix](name, options))
     made = _attribute(_module(prefix), name, spec)
     if not callable(made):
         raise ValueError(f"model must be made by a callable, {spec!r} is {type(made).__name__}")
@@ -72,6 +72,16 @@ def build_model(spec: str, **options: Any) -> Any:
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, {spec!r} made {type(model).__name__}")
     return built
+
+
+def without_zeros(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with random numbers in place of parameters that are zero altogether: gates and last
+    layers of diffusion models start so, and hide what lies behind them."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.is_floating_point() and not p.is_meta and not p.any():
+                p.normal_(std=0.02)
+    return model
 
 
 def _called(spec: str, maker: Callable[..., Any], options: dict[str, Any]) -> Any:

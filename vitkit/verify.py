@@ -59,11 +59,20 @@ class KernelCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _weights(model: torch.nn.Module) -> list[torch.Tensor]:
+    layers = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
+    found = [m.weight for m in model.modules() if isinstance(m, layers)]
+    return [w for w in found if w.numel()]
+
+
 def longest_sum(model: torch.nn.Module) -> int:
     """Terms of the longest sum any layer computes: the rounding a correct model may show."""
-    layers = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
-    weights = [m.weight for m in model.modules() if isinstance(m, layers)]
-    return max((w.numel() // w.shape[0] for w in weights if w.numel()), default=1)
+    return max((w.numel() // w.shape[0] for w in _weights(model)), default=1)
+
+
+def chained_sums(model: torch.nn.Module) -> int:
+    """Terms of all sums a gradient comes through: every layer's, forwards and back."""
+    return sum(w.numel() // w.shape[0] + w.numel() // w.shape[1] for w in _weights(model)) or 1
 
 
 def verify(
@@ -149,7 +158,8 @@ def verify(
             timings, rounds = _take_turns(ways, seconds, _on_gpu(model))
     outputs, gradients = [], []
     for prefix, run in runs:
-        found = _compare_all(prefix, run, before, truth, longest_sum(model))
+        terms = (longest_sum(model), chained_sums(model))
+        found = _compare_all(prefix, run, before, truth, terms)
         outputs += found[0]
         gradients += found[1]
     return Verification(
@@ -225,7 +235,8 @@ def _run(
     if not reached:
         raise ValueError("verify: train must have outputs that depend on what requires a gradient")
     tensors = [t for _, t in named]
-    found = torch.autograd.grad(reached, tensors, [_cotangent(o) for o in reached], True)
+    starts = [_cotangent(o) for o in reached]
+    found = torch.autograd.grad(reached, tensors, starts, allow_unused=True)
     pairs = zip(named, found, strict=True)
     gradients = [(f"gradient of {n}", g) for (n, _), g in pairs if g is not None]
     return [(n, o.detach()) for n, o in outputs], gradients
@@ -238,7 +249,7 @@ def _cotangent(output: torch.Tensor) -> torch.Tensor:
 
 
 def _compare_all(
-    prefix: str, after: Any, before: Any, exact: Any, terms: int
+    prefix: str, after: Any, before: Any, exact: Any, terms: tuple[int, int]
 ) -> tuple[list[OutputParity], list[OutputParity]]:
     largest = max((g.abs().max().item() for _, g in exact[1] if g.numel()), default=0.0)
     found: tuple[list[OutputParity], list[OutputParity]] = ([], [])
@@ -247,7 +258,7 @@ def _compare_all(
         for (name, a), (_, b), (_, x) in triples:
             vanishes = kind == 1 and (x.abs().max().item() if x.numel() else 0) < 1e-10 * largest
             scale = largest if vanishes else None
-            found[kind].append(_compare(prefix + name, a, b, x, terms, scale))
+            found[kind].append(_compare(prefix + name, a, b, x, terms[kind], scale))
     return found
 
 

@@ -65,13 +65,13 @@ def tables() -> dict[str, str]:
     from vitkit.benchmarks import models as measured
 
     data = measured.load()
-    titles = ("name", "parameters", "configuration", "whose configuration and names of weights")
-    titles = (*titles, *measured.COLUMNS)
+    known = ("name", "parameters", "configuration", "whose configuration and names of weights")
+    titles = (*known, *measured.COLUMNS)
     lines = [_line(titles), _line(["---"] * len(titles)).replace(" ", "")]
     for name in list_models():
         millions = f"{parameters(name) / 1e6:,.1f} M"
-        known = (f"`{name}`", millions, describe(entry(name).config), entry(name).source)
-        lines.append(_line((*known, *measured.cells(name, data["rows"]))))
+        cells = (f"`{name}`", millions, describe(entry(name).config), entry(name).source)
+        lines.append(_line((*cells, *measured.cells(name, data["rows"]))))
     return {"models": "\n".join(lines), "hosts": measured.hosts_table(data)}
 
 
