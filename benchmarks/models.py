@@ -34,7 +34,10 @@ HOSTS = {m.name: m for m in MODELS}
 GIB = 2.0**30
 
 
-def environment() -> dict[str, Any]:
+CLOCKS = {"wall": time.perf_counter, "cpu": time.thread_time}
+
+
+def environment(clock: str = "wall") -> dict[str, Any]:
     """What rows that are compared must have in common."""
     facts = doctor.info()
     cuda = torch.cuda.is_available()
@@ -44,6 +47,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "libraries": {k: v for k, v in facts["libraries"].items() if v},
         "python": facts["python"],
+        "clock": clock,
     }
 
 
@@ -70,10 +74,10 @@ def _make(name: str) -> tuple[torch.nn.Module, Inputs]:
     return model, (model.example_inputs(batch=1), {})  # type: ignore[operator]
 
 
-def measure(name: str, seconds: float) -> dict[str, Any]:
+def measure(name: str, seconds: float, clock: str = "wall") -> dict[str, Any]:
     """The row of a model."""
     model, (args, kwargs) = _make(name)
-    result = verify(model.eval(), *args, seconds=seconds, **kwargs)
+    result = verify(model.eval(), *args, seconds=seconds, clock=CLOCKS[clock], **kwargs)
     tensors = torch.utils._pytree.tree_leaves((args, kwargs))
     shapes = ["x".join(map(str, t.shape)) or "1" for t in tensors if isinstance(t, torch.Tensor)]
     return _row(result, ", ".join(shapes))
@@ -124,7 +128,8 @@ def attempt(name: str, count: int, options: argparse.Namespace) -> dict[str, Any
     gib = needed(count)
     if gib > options.memory:
         return {"reason": f"needs about {gib:.0f} GiB"}
-    command = [sys.executable, "-m", __spec__.name, "--one", name, "--seconds", options.seconds]
+    command = [sys.executable, "-m", __spec__.name, "--one", name, "--clock", options.clock]
+    command += ["--seconds", options.seconds]
     try:
         done = subprocess.run(
             [str(c) for c in command], capture_output=True, text=True, timeout=options.time_box
@@ -161,7 +166,7 @@ def describe(name: str, row: dict[str, Any]) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    data, facts = load(options.json), environment()
+    data, facts = load(options.json), environment(options.clock)
     if data["rows"] and data["environment"] != facts:
         raise SystemExit(
             f"make models: {options.json} must come from this machine and these versions, got"
@@ -234,6 +239,9 @@ def hosts_table(data: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _measured_on(facts, measured)])
 
 
+_TIMES = {"wall": "{} threads", "cpu": "CPU time on one thread (other work shared the machine)"}
+
+
 def _measured_on(facts: dict[str, Any], rows: Iterable[dict[str, Any]]) -> str:
     rows = list(rows)
     if not rows:
@@ -243,8 +251,8 @@ def _measured_on(facts: dict[str, Any], rows: Iterable[dict[str, Any]]) -> str:
     dates = sorted({r["date"] for r in rows})
     between = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return (
-        f"Both tables: float32 on {facts['device']}, {facts['threads']} threads,"
-        f" {facts['cpu_isa']} kernels; {versions}; vitkit {commits}, {between}."
+        f"Both tables: float32 on {facts['device']}, {facts['cpu_isa']} kernels,"
+        f" {_TIMES[facts['clock']].format(facts['threads'])}; {versions}; vitkit {commits}, {between}."
     )
 
 
@@ -255,11 +263,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--memory", type=float, default=0.7 * _memory_available(), help="limit in GiB")
     p.add_argument("--time-box", type=float, default=600.0, help="limit in seconds, of each model")
     p.add_argument("--seconds", type=float, default=5.0, help="of timing, for each model")
+    p.add_argument(
+        "--clock", choices=CLOCKS, default="wall",
+        help="cpu: CPU time on one thread, for a machine that does other things too",
+    )  # fmt: skip
     p.add_argument("--again", action="store_true", help="what is stored already too")
     p.add_argument("--one", help=argparse.SUPPRESS)
     options = p.parse_args(arguments)
+    if options.clock == "cpu":
+        torch.set_num_threads(1)
     if options.one:
-        print(json.dumps(measure(options.one, options.seconds)))
+        print(json.dumps(measure(options.one, options.seconds, options.clock)))
         return 0
     return run(options)
 

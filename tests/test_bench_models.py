@@ -11,13 +11,14 @@ from vitkit.models import create
 
 FACTS = {
     "device": "toy", "cpu_isa": "avx2", "threads": 1, "libraries": {"torch": "2"}, "python": "3",
+    "clock": "wall",
 }  # fmt: skip
 
 
 @pytest.fixture
 def stored(tmp_path, monkeypatch):
     """Runs the command with rows that cost nothing; returns the exit code and the file."""
-    monkeypatch.setattr(models, "environment", lambda: FACTS)
+    monkeypatch.setattr(models, "environment", lambda clock: FACTS)
     path = tmp_path / "rows.json"
 
     def run(*arguments):
@@ -67,7 +68,7 @@ def test_what_is_stored_is_kept_and_what_was_left_out_is_tried_again(stored, mon
     assert tried[4:] == ["dit_s2"]
     stored("swin_t", "--again")
     assert tried[5:] == ["swin_t"]
-    monkeypatch.setattr(models, "environment", lambda: {**FACTS, "threads": 2})
+    monkeypatch.setattr(models, "environment", lambda clock: {**FACTS, "threads": 2})
     with pytest.raises(SystemExit, match="must come from this machine and these versions"):
         stored("swin_t")
 
@@ -95,6 +96,6 @@ def test_the_table_of_the_hosts():
     table = models.hosts_table({"environment": FACTS, "rows": {name: row()}})
     assert f"| {name} | 1x3x8x8 | 3, 1 | 3 | 0.25 | 1.50x (1.25 to 2.00) | 4 to 2 |" in table
     assert table.count("not run") == len(models.MODELS) - 1
-    assert "float32 on toy, 1 threads, avx2 kernels; torch 2; vitkit abc, 2026-01-01" in table
+    assert "float32 on toy, avx2 kernels, 1 threads; torch 2; vitkit abc, 2026-01-01" in table
     empty = models.hosts_table({"environment": {}, "rows": {}})
     assert empty.endswith("Nothing was measured yet.")

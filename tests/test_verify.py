@@ -137,7 +137,7 @@ def test_the_speed_up_is_that_of_neighbouring_calls(x, monkeypatch):
         "unpatched": (lambda: vitkit.unpatch(model), call),
         "patched": (lambda: vitkit.patch(model), call),
     }
-    timings, rounds = module._take_turns(ways, 0.0, False)
+    timings, rounds = module._take_turns(ways, 0.0, tick, False)
     after = timings["patched"]
     assert rounds == 5 and after.speedup == 1.5 and timings["unpatched"].speedup == 1.0
     assert after.spread == (0.75, 1.5)
