@@ -250,9 +250,10 @@ def _measured_on(facts: dict[str, Any], rows: Iterable[dict[str, Any]]) -> str:
     commits = ", ".join(sorted({r["commit"] for r in rows if r["commit"]}))
     dates = sorted({r["date"] for r in rows})
     between = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    times = _TIMES[facts["clock"]].format(facts["threads"])
     return (
-        f"Both tables: float32 on {facts['device']}, {facts['cpu_isa']} kernels,"
-        f" {_TIMES[facts['clock']].format(facts['threads'])}; {versions}; vitkit {commits}, {between}."
+        f"Both tables: float32 on {facts['device']}, {facts['cpu_isa']} kernels, {times}; {versions};"
+        f" vitkit {commits}, {between}."
     )
 
 
