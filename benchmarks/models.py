@@ -252,8 +252,8 @@ def _measured_on(facts: dict[str, Any], rows: Iterable[dict[str, Any]]) -> str:
     between = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     times = _TIMES[facts["clock"]].format(facts["threads"])
     return (
-        f"Both tables: float32 on {facts['device']}, {facts['cpu_isa']} kernels, {times}; {versions};"
-        f" vitkit {commits}, {between}."
+        f"Both tables: float32 on {facts['device']}, {facts['cpu_isa']} kernels, {times};"
+        f" {versions}; vitkit {commits}, {between}."
     )
 
 
