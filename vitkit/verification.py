@@ -72,7 +72,8 @@ class Verification:
             empty if nothing was timed.
         rounds: calls timed of each, taking turns.
         kernel_calls: op -> backend -> kernels run by one patched call.
-        failures: what could not be run, and why.
+        failures: what patching broke: compiling.
+        notes: what could not be run for other reasons.
     """
 
     report: Report
@@ -83,6 +84,7 @@ class Verification:
     rounds: int
     kernel_calls: dict[str, dict[str, int]]
     failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def problems(self) -> list[str]:
@@ -171,7 +173,7 @@ class Verification:
             lines.append(f"{text} {spread:<16}  {t.peak_bytes / 2**20:9.1f} MiB")
         if self.timings:
             lines.append(f"(medians of {self.rounds} rounds, and their range; memory at its peak)")
-        return lines
+        return lines + [f"not run: {note}" for note in self.notes]
 
     def _verdict(self) -> list[str]:
         if not self.ok:

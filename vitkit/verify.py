@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -126,51 +126,36 @@ def verify(
     switch = Switch(model, backend)
     if strict and (switch.report.skipped or not (switch.report.replaced or switch.own)):
         raise ValueError(f"verify: strict must leave nothing, got\n{switch.report}")
-    calls, failures = KernelCalls(), []
+    calls, remarks = KernelCalls(), _Remarks([], [])
     with _as_found(model, switch, train):
+        call = functools.partial(_run, model, inputs, kwargs, train)
         switch.off()
         tell("unpatched run")
-        before = _run(model, inputs, kwargs, train)
+        before = call()
         tell("float64 run")
         wide_inputs, wide_kwargs = widened((inputs, kwargs))
         truth = _run(copy.deepcopy(model).double(), wide_inputs, wide_kwargs, train)
         report = switch.on()
         tell("patched run")
         with calls:
-            after = _run(model, inputs, kwargs, train)
-        call = functools.partial(_run, model, inputs, kwargs, train)
+            runs = {"": call()}
         ways: dict[str, _Way] = {BEFORE: (switch.off, call), AFTER: (switch.on, call)}
-        runs = [("", after)]
         if compiled:
             tell("compiling")
-            for name, copied in _copies(model, switch).items():
-                try:
-                    result = _run(copied, inputs, kwargs, train)
-                except Exception as error:  # whatever the host, Dynamo or Inductor raises
-                    failures.append(f"{COMPILED[name]}: {type(error).__name__}: {_first(error)}")
-                    continue
-                if name == AFTER:
-                    runs.append((f"{COMPILED[AFTER]}: ", result))
-                call = functools.partial(_run, copied, inputs, kwargs, train)
-                ways[COMPILED[name]] = (lambda: None, call)
+            made = _compiled(model, switch, (inputs, kwargs, train), remarks)
+            ways |= {name: (lambda: None, way) for name, (way, _) in made.items()}
+            runs |= {f"{n}: ": run for n, (_, run) in made.items() if n == COMPILED[AFTER]}
         timings: dict[str, Timing] = {}
         rounds = 0
         if seconds > 0:
             tell("timing")
             timings, rounds = _take_turns(ways, seconds, clock, _on_gpu(model))
-    outputs, gradients = [], []
-    for prefix, run in runs:
-        terms = (longest_sum(model), chained_sums(model))
-        found = _compare_all(prefix, run, before, truth, terms)
-        outputs += found[0]
-        gradients += found[1]
+    terms = (longest_sum(model), chained_sums(model))
+    pairs = [_compare_all(prefix, run, before, truth, terms) for prefix, run in runs.items()]
+    outputs, gradients = ([o for pair in pairs for o in pair[kind]] for kind in (0, 1))
     return Verification(
-        report, switch.own, outputs, gradients, timings, rounds, calls.counts, failures
+        report, switch.own, outputs, gradients, timings, rounds, calls.counts, *remarks
     )
-
-
-def _first(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def _on_gpu(model: torch.nn.Module) -> bool:
@@ -291,15 +276,35 @@ def _compare(
 _Way = tuple[Callable[[], Any], Callable[[], Any]]  # what comes before a call, and the call
 
 
-def _copies(model: torch.nn.Module, switch: Switch) -> dict[str, Any]:
-    """The model unpatched and patched under ``torch.compile``, on the same parameters: what
-    patching changes in place would have to be compiled anew at every turn."""
-    tensors = [*model.parameters(), *model.buffers()]
+class _Remarks(NamedTuple):
+    failures: list[str]
+    notes: list[str]
+
+
+def _compiled(
+    model: torch.nn.Module, switch: Switch, call: tuple[Any, Any, bool], remarks: _Remarks
+) -> dict[str, tuple[Callable[[], Any], Any]]:
+    """The model unpatched and patched under ``torch.compile``: how to call it, and its results. A
+    patched model that does not compile is a failure where the unpatched one does.
+
+    Both are copies on the same parameters: what patching changes in place would be compiled anew at
+    every turn.
+    """
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     switch.off()
-    before = copy.deepcopy(model, {id(t): t for t in tensors})
+    before = copy.deepcopy(model, dict(tensors))
     switch.on()
-    after = copy.deepcopy(model, {id(t): t for t in tensors})
-    return {BEFORE: torch.compile(before), AFTER: torch.compile(after)}
+    after = copy.deepcopy(model, dict(tensors))
+    made = {}
+    for name, copied in ((COMPILED[BEFORE], before), (COMPILED[AFTER], after)):
+        way = functools.partial(_run, torch.compile(copied), *call)
+        try:
+            made[name] = (way, way())
+        except Exception as error:  # whatever the host, Dynamo or Inductor raises
+            ours = copied is after and COMPILED[BEFORE] in made
+            why = str(error).strip().split("\n")[0]
+            remarks[0 if ours else 1].append(f"{name}: {type(error).__name__}: {why}")
+    return made
 
 
 def _take_turns(
