@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # Beyond this relative L2 distance between the unpatched and the float64 run, twice that distance
 # would let wrong numbers pass: the runs do not compute the same thing.
 LOOSEST_YARDSTICK = 0.25
+PROVES_NOTHING = "which proves nothing (does the model draw random numbers?)"
 
 BEFORE, AFTER = "unpatched", "patched"
 COMPILED = {BEFORE: "compiled", AFTER: "patched, compiled"}
@@ -90,14 +91,19 @@ class Verification:
     def problems(self) -> list[str]:
         """Why the verdict is no; empty if it is yes."""
         found = list(self.failures)
-        for o in [*self.outputs, *self.gradients]:
-            if not o.parity.ok:
-                found.append(f"{o.name}: {o.parity}")
-            if not o.eager_l2_error <= LOOSEST_YARDSTICK:
-                found.append(
-                    f"{o.name}: the unpatched run is {o.eager_l2_error:.2g} away from the"
-                    " float64 run, which proves nothing (does the model draw random numbers?)"
-                )
+        tensors = [*self.outputs, *self.gradients]
+        found += [f"{o.name}: {o.parity}" for o in tensors if not o.parity.ok]
+        found += [
+            f"{o.name}: the unpatched run is {o.eager_l2_error:.2g} away from the float64 run,"
+            f" {PROVES_NOTHING}"
+            for o in self.outputs
+            if not o.eager_l2_error <= LOOSEST_YARDSTICK
+        ]
+        # Single gradients are nothing but rounding in a narrow dtype: what is left of large terms.
+        far = sum(not g.eager_l2_error <= LOOSEST_YARDSTICK for g in self.gradients)
+        if 2 * far > len(self.gradients):
+            count = f"{far} of {len(self.gradients)} gradients"
+            found.append(f"{count} of the unpatched run are far from float64, {PROVES_NOTHING}")
         plain = self.report.backend == "reference" or backends.DEFAULT == "reference"
         if self.touched and not self.kernel_calls and not plain:
             found.append("modules were replaced, but no kernel ran")
