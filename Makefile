@@ -1,6 +1,7 @@
 # make demo    real models on a photograph, unpatched and patched, with the proof
 # make test    lint, types, and every test this machine can run
 # make bench   the CPU benchmark of the README
+# make models  verify reference models at full size, and docs/models.md; MODELS="swin_* dit_s2" for some
 # make gpu     build for the visible GPU, test, sanitise and benchmark on it, in ten minutes
 # make gpu-full  the same with every sanitizer, the full set and every rival
 # make cuda-report  compile the CUDA kernels for sm_80, sm_90a and sm_100: registers, spills, tensor cores
@@ -20,7 +21,7 @@ TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format
 	2>/dev/null | grep -x '[0-9.]*' | sort -u | sed 's/^9.0$$/9.0a/'),9.0a)
 export TORCH_CUDA_ARCH_LIST
 
-.PHONY: demo test bench gpu gpu-full cuda-report mutants format lint native clean
+.PHONY: demo test bench models gpu gpu-full cuda-report mutants format lint native clean
 
 demo: native
 	$(BIN)/vitkit demo
@@ -37,6 +38,11 @@ lint: $(STAMP)
 
 bench: native
 	$(BIN)/vitkit bench --device cpu
+
+# Stored after each model: what was interrupted goes on where it was.
+models: native
+	$(BIN)/python -m vitkit.benchmarks.models $(MODELS)
+	$(BIN)/python -m vitkit.models docs/models.md
 
 # Works without a network and without .venv where torch, triton, ninja, pybind11, pytest,
 # pytest-benchmark and hypothesis are installed already. COLLECT=DIR copies what was written to DIR.

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from vitkit._memory import peak_bytes
 from vitkit._numerics import Parity, parity
 
 from .ceilings import Roofline
-from .timing import Clock, interval, peak_bytes, spread, synchronize
+from .timing import Clock, interval, spread, synchronize
 
 Outputs = Sequence[torch.Tensor]
 MAX_AUTOTUNE = "max-autotune"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -81,20 +82,45 @@ def test_doctor_says_how_to_mend_a_missing_library(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_verify_a_timm_model(dtype):
     pytest.importorskip("timm")
-    name = "timm:test_vit"
-    done = invoke("verify", name, "--shape", "1x3x160x160", "--dtype", dtype)
+    done = invoke("verify", "timm:test_vit", "--dtype", dtype, "--batch", "2", "--seconds", "0.01")
     assert done.exit_code == 0, done.output
     assert "same numbers" in done.output and "flash_attention_fwd on cpu" in done.output
+    assert "output [2, 1000]" in done.output and "MiB" in done.output
+
+
+def test_verify_writes_a_page_and_json(tmp_path):
+    page = tmp_path / "new" / "page.html"
+    arguments = ("-o", "reduced=True", "--train", "--seconds", "0.01", "--html", str(page))
+    done = invoke("verify", "vitkit:vit_s16", *arguments, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["ok"] and found["own"]["Attention"] > 0 and found["gradients"]
+    assert list(found["timings"]) == ["unpatched", "patched"]
+    text = page.read_text()
+    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:|#)""", text)
+    assert text.count("<svg") == 1 and "blocks.0" in text and "flash_attention_fwd" in text
+
+
+def test_verify_dry_run_changes_and_runs_nothing():
+    done = invoke("verify", "test_cli:never_called", "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "vitkit would replace 1 module, left 0" in done.output
 
 
 def test_verify_a_model_of_ones_own():
-    done = invoke("verify", "test_cli:own_model", "--shape", "2x8x4x4")
+    done = invoke("verify", "test_cli:own_model", "--shape", "2x8x4x4", "--seconds", "0")
     assert done.exit_code == 0, done.output
     assert "group_norm_silu_fwd on cpu" in done.output
 
 
 def own_model():
     return torch.nn.Sequential(torch.nn.GroupNorm(2, 8), torch.nn.Conv2d(8, 4, 1))
+
+
+def never_called():
+    model = torch.nn.Sequential(torch.nn.GroupNorm(2, 8))
+    model.forward = None
+    return model
 
 
 def unreliable_model():
@@ -107,7 +133,7 @@ class _Noise(torch.nn.Module):
 
 
 def test_verify_fails_where_numbers_differ():
-    done = invoke("verify", "test_cli:unreliable_model", "--shape", "2x8x4x4")
+    done = invoke("verify", "test_cli:unreliable_model", "--shape", "2x8x4x4", "--seconds", "0")
     assert done.exit_code == 1
     assert "NOT the same numbers" in done.output
 
@@ -115,10 +141,15 @@ def test_verify_fails_where_numbers_differ():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("verify", "timm"), "model must look like timm:NAME"),
+        (("verify", "timm"), "model must be one of timm:NAME"),
         (("verify", "test_cli:own_model", "--shape", "2x0x4x4"), "shape must look like"),
         (("verify", "test_cli:no_such_model"), "no_such_model"),
-        (("verify", "timm:no_such_model"), "Unknown model"),
+        (("verify", "timm:no_such_model"), "timm has no 'no_such_model'"),
+        (("verify", "test_cli:own_model"), "does not run, unpatched, on inputs 1x3x224x224"),
+        (("verify", "test_cli:own_model", "--backend", "gpu"), "backend must be one of"),
+        (("verify", "torch.nn:Identity", "--strict"), "strict must leave nothing"),
+        (("verify", "torch.nn:Identity", "--strict", "--dry-run"), "strict must leave nothing"),
+        (("verify", "vitkit:uni", "-o", "layers=3"), "got layers"),
         (("verify", "test_cli:own_model", "--dtype", "int8"), "'int8' is not one of"),
         (("demo", "--dtype", "int8"), "'int8' is not one of"),
         (("demo", "--image", "no-such.jpg"), "'no-such.jpg' does not exist"),

@@ -125,7 +125,7 @@ def test_the_table_names_every_class():
 
 def test_sequences_never_meet_in_one_matrix():
     """1,000 sequences of 50 tokens: one matrix would have 2.5e9 scores per head."""
-    from vitkit.benchmarks.timing import peak_bytes
+    from vitkit._memory import peak_bytes
 
     lengths = [50] * 1000
     mask = masks.BlockDiagonalMask.from_seqlens(lengths)

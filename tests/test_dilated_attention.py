@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numerics import DTYPES, assert_parity, double, eager_dilated_attention, gradients
 
 import vitkit
-from vitkit.benchmarks.timing import peak_bytes
+from vitkit._memory import peak_bytes
 from vitkit.ops.dilated_attention import reference
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

@@ -19,6 +19,11 @@ app = typer.Typer(
 )
 console = Console()
 
+SPECS = (
+    "timm:NAME, torchvision:NAME, transformers:CLASS, diffusers:CLASS, vitkit:NAME,"
+    " module.path:callable or file.py:callable"
+)
+
 
 class Device(str, Enum):
     cpu = "cpu"
@@ -124,30 +129,56 @@ def demo(
 
 @app.command()
 def verify(
-    model: Annotated[str, typer.Argument(help="timm:NAME, or module.path:callable making a model")],
-    shape: Annotated[str, typer.Option(help="shape of the input, as 1x3x224x224")] = "1x3x224x224",
+    model: Annotated[str, typer.Argument(help=SPECS)],
+    shape: Annotated[
+        str | None, typer.Option(help="of the input, as 1x3x224x224; the model's own if left out")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="of an input the model chooses")] = 1,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", help="of the model's maker, as depth=2; may be repeated"),
+    ] = None,
     device: Annotated[Device | None, typer.Option(help="cuda where there is one")] = None,
     dtype: Annotated[Dtype, typer.Option()] = Dtype.float32,
     backend: Annotated[str, typer.Option(help="backend of the patched modules")] = "auto",
+    train: Annotated[bool, typer.Option("--train", help="train mode, with gradients")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile of both too")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="fail if anything is left")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only what would change")] = False,
+    seconds: Annotated[float, typer.Option(min=0, help="of timing; 0 for none")] = 3.0,
+    html: Annotated[
+        Path | None, typer.Option(help="write a page here, with the error of every layer")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="plain JSON")] = False,
 ) -> None:
     """Patches a model and proves that its numbers stay. Exit code 1 if they do not."""
-    import torch
+    from vitkit import verify_command
 
-    import vitkit
-    from vitkit.demo.models import build_model, parse_shape
-
+    asked = verify_command.Asked(
+        spec=model, shape=shape, batch=batch, options=tuple(option or ()),
+        device=_device(device).value, dtype=dtype.value, backend=backend, train=train,
+        compiled=compiled, strict=strict, seconds=seconds,
+    )  # fmt: skip
     try:
-        sizes = parse_shape(shape)
-        torch.manual_seed(0)
-        built = build_model(model)
-    except (ValueError, ImportError, AttributeError, RuntimeError) as error:
+        if dry_run:
+            report = verify_command.dry_run(asked)
+            print(json.dumps(report.to_dict(), indent=2)) if as_json else _show(report)
+            return
+        result = verify_command.run(asked, html)
+    except verify_command.Refused as error:
         raise typer.BadParameter(str(error)) from error
-    target = {"device": _device(device).value, "dtype": getattr(torch, dtype.value)}
-    built = built.to(**target).eval()
-    x = torch.randn(sizes).to(**target)
-    result = vitkit.verify(built, x, backend=backend)
-    console.print(str(result), highlight=False, markup=False)
+    print(json.dumps(result.to_dict(), indent=2)) if as_json else _show(result)
+    if html is not None and not as_json:
+        console.print(f"Page with the error of every layer: {html}", highlight=False)
     raise typer.Exit(0 if result.ok else 1)
+
+
+def _show(found: Any) -> None:
+    """A table in a terminal, lines elsewhere."""
+    if console.is_terminal:
+        console.print(found)
+    else:
+        print(found)
 
 
 # Its options, --help among them, belong to the benchmarks' own parser.

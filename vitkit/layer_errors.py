@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from vitkit._numerics import parity
-from vitkit.patch import patch, unpatch
+from vitkit._switch import Switch, widened
 
 
 @dataclass(frozen=True)
@@ -34,38 +34,32 @@ class LayerError:
 def layer_errors(
     model: torch.nn.Module, *inputs: Any, backend: str = "auto", terms: int = 1, **kwargs: Any
 ) -> list[LayerError]:
-    """Errors of the modules around whatever is replaced, in the order in which they run.
+    """Errors of the modules around whatever has kernels, in the order in which they end.
 
-    A replaced module may compute its neighbour along with itself (a norm its activation), so that
-    its own output has no counterpart; the output of the module around both has one.
+    Errors are those of the whole run up to a layer: a layer inherits what its input brings. The
+    model runs in the mode it is in, without gradients, and must be unpatched; see
+    ``vitkit.verify``.
     """
-    found = patch(model, backend=backend, dry_run=True)
-    names = {r.name.rpartition(".")[0] for r in found.replaced} - {""}
-    double = copy.deepcopy(model).double()
-    wide = tree_map(_double, (inputs, kwargs))
-    with torch.no_grad():
-        exact = _outputs(double, names, wide[0], wide[1])
-        eager = _outputs(model, names, inputs, kwargs)
-        patch(model, backend=backend)
-        try:
+    switch = Switch(model, backend)
+    names = switch.places()
+    try:
+        with torch.no_grad():
+            switch.off()
+            eager = _outputs(model, names, inputs, kwargs)
+            exact = _outputs(copy.deepcopy(model).double(), names, *widened((inputs, kwargs)))
+            switch.on()
             patched = _outputs(model, names, inputs, kwargs)
-        finally:
-            unpatch(model)
+    finally:
+        switch.restore()
     errors = []
     for name, truth in exact.items():
+        if name not in patched or patched[name].shape != truth.shape:
+            continue  # computed by a module around it
         result = parity(patched[name], eager[name], truth, terms=terms)
         scale = result.scale or 1.0
-        errors.append(
-            LayerError(
-                name, result.eager_max_error / scale, result.max_error / scale,
-                result.max_limit / scale,
-            )
-        )  # fmt: skip
+        found = (result.eager_max_error, result.max_error, result.max_limit)
+        errors.append(LayerError(name, *(value / scale for value in found)))
     return errors
-
-
-def _double(t: Any) -> Any:
-    return t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
 
 
 def _outputs(

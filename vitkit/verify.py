@@ -4,26 +4,31 @@ float64."""
 from __future__ import annotations
 
 import copy
+import functools
+import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_with_path
 
-from vitkit import backends
-from vitkit._numerics import Parity, parity
-from vitkit.patch import Report, is_patched, patch, unpatch
+from vitkit._memory import peak_bytes
+from vitkit._numerics import EPS32, Parity, parity
+from vitkit._switch import Switch, widened
+from vitkit.patch import is_patched
+from vitkit.verification import AFTER, BEFORE, COMPILED, OutputParity, Timing, Verification
 
-if TYPE_CHECKING:
-    from rich.console import Group
+Named = list[tuple[str, torch.Tensor]]
 
-# Beyond this relative L2 distance between the unpatched and the float64 run, twice that distance
-# would let wrong numbers pass: the runs do not compute the same thing.
-LOOSEST_YARDSTICK = 0.25
+# Seconds after which five rounds are no longer waited for.
+LONG = 60.0
+
+# Modules that draw random numbers in training, beside torch's dropouts.
+RANDOM = ("DropPath", "StochasticDepth", "PatchDropout")
 
 
 class KernelCalls(TorchDispatchMode):
@@ -54,108 +59,134 @@ class KernelCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@dataclass(frozen=True)
-class OutputParity:
-    """One output tensor: errors of the patched and the unpatched run against float64-level truth.
+def _weights(model: torch.nn.Module) -> list[torch.Tensor]:
+    layers = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
+    found = [m.weight for m in model.modules() if isinstance(m, layers)]
+    return [w for w in found if w.numel()]
 
-    Attributes:
-        eager_l2_error: relative L2 error of the unpatched run, the yardstick.
+
+def longest_sum(model: torch.nn.Module) -> int:
+    """Terms of the longest sum any layer computes: the rounding a correct model may show."""
+    return max((w.numel() // w.shape[0] for w in _weights(model)), default=1)
+
+
+def chained_sums(model: torch.nn.Module) -> int:
+    """Terms of all sums a gradient comes through: every layer's, forwards and back."""
+    return sum(w.numel() // w.shape[0] + w.numel() // w.shape[1] for w in _weights(model)) or 1
+
+
+def verify(
+    model: torch.nn.Module,
+    *inputs: Any,
+    backend: str = "auto",
+    strict: bool = False,
+    train: bool = False,
+    compiled: bool = False,
+    seconds: float = 3.0,
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Callable[[str], None] | None = None,
+    **kwargs: Any,
+) -> Verification:
+    """Runs ``model(*inputs, **kwargs)`` in float64, unpatched and patched, and compares.
+
+    The patched run must keep the project's tolerance (``vitkit/_numerics.py``): no output may be
+    further from the float64 run than twice the unpatched run is, plus the rounding of its dtype.
+    The model is put in eval mode for the comparison and left as it was; a copy of it in float64
+    must fit in memory. It must compute the same on every call: no random numbers. Modules of
+    :mod:`vitkit.nn` and :mod:`vitkit.models` are compared with themselves on backend ``reference``.
+
+    Args:
+        model: unpatched; it is patched and unpatched again here.
+        backend: see ``vitkit.patch``.
+        strict: raise if anything that could have been replaced is left, or if there is nothing.
+        train: compare and time in train mode, with the gradients of parameters and inputs; modules
+            that draw random numbers stay in eval mode, and buffers are put back.
+        compiled: also compare and time the patched model under ``torch.compile``, and time the
+            unpatched one there. Compiling takes its time, twice.
+        seconds: time spent on measuring speed, calls taking turns; at least five of each, or as
+            many as a minute holds. 0 measures neither speed nor memory.
+        clock: what times a call; ``time.thread_time`` on a busy CPU, with ``torch`` on one thread.
+        progress: called with the name of each step.
+
+    Returns:
+        The verification; ``print(result)`` shows it, ``result.ok`` is the verdict.
+
+    Raises:
+        ValueError: the model is patched already, returns no floating point tensor, has no gradients
+            to compare with ``train``, or ``strict`` is not met.
+
+    Example:
+        >>> import torch, vitkit
+        >>> vitkit.verify(torch.nn.GroupNorm(2, 8), torch.randn(1, 8, 4, 4), seconds=0.01).ok
+        True
     """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    parity: Parity
-    eager_l2_error: float
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Result of ``vitkit.verify``. ``ok`` is the verdict; printing it gives the whole table.
-
-    Attributes:
-        seconds_before, seconds_after: median time of a call, unpatched and patched.
-        speedup: median over the rounds of unpatched over patched time: two calls one after the
-            other share what the machine's neighbours do to them.
-        rounds: calls timed of each, taking turns.
-        kernel_calls: op -> backend -> kernels run by one patched call.
-    """
-
-    report: Report
-    outputs: list[OutputParity]
-    seconds_before: float
-    seconds_after: float
-    speedup: float
-    rounds: int
-    kernel_calls: dict[str, dict[str, int]]
-
-    @property
-    def problems(self) -> list[str]:
-        """Why the verdict is no; empty if it is yes."""
-        found = []
-        for o in self.outputs:
-            if not o.parity.ok:
-                found.append(f"output{o.name}: {o.parity}")
-            if not o.eager_l2_error <= LOOSEST_YARDSTICK:
-                found.append(
-                    f"output{o.name}: the unpatched run is {o.eager_l2_error:.2g} away from the"
-                    " float64 run, which proves nothing (is the model random in eval mode?)"
-                )
-        plain = self.report.backend == "reference" or backends.DEFAULT == "reference"
-        if self.report.replaced and not self.kernel_calls and not plain:
-            found.append("modules were replaced, but no kernel ran")
-        return found
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems
-
-    @property
-    def worst(self) -> OutputParity:
-        """The output with the largest error relative to its largest value."""
-        return max(self.outputs, key=lambda o: o.parity.relative)
-
-    @property
-    def backend(self) -> str:
-        """The backends whose kernels ran."""
-        used = {backend for counts in self.kernel_calls.values() for backend in counts}
-        return ", ".join(sorted(used)) or ("reference" if self.report.replaced else "none")
-
-    def to_dict(self) -> dict[str, Any]:
-        derived = {"ok": self.ok, "problems": self.problems}
-        return {**asdict(self), **derived, "backend": self.backend}
-
-    def _lines(self) -> list[str]:
-        lines = [
-            f"{count:>6} calls of {op} on {backend}"
-            for op, by_backend in sorted(self.kernel_calls.items())
-            for backend, count in by_backend.items()
-        ]
-        lines += [f"output{o.name} {list(o.shape)} {o.dtype}: {o.parity}" for o in self.outputs]
-        before, after = self.seconds_before * 1e3, self.seconds_after * 1e3
-        lines.append(
-            f"time {before:.1f} ms -> {after:.1f} ms, {self.speedup:.2f}x"
-            f" (medians of {self.rounds} rounds)"
-        )
-        verdict = ["same numbers"] if self.ok else ["NOT the same numbers:", *self.problems]
-        return lines + verdict
-
-    def __str__(self) -> str:
-        return "\n".join([str(self.report), *self._lines()])
-
-    def __rich__(self) -> Group:
-        from rich.console import Group
-        from rich.text import Text
-
-        *facts, verdict = self._lines() if self.ok else [*self._lines(), ""]
-        style = "bold green" if self.ok else "bold red"
-        return Group(self.report, *(Text(line) for line in facts), Text(verdict, style))
+    if is_patched(model):
+        raise ValueError("verify: model must not be patched already")
+    tell = progress or (lambda step: None)
+    switch = Switch(model, backend)
+    if strict and (switch.report.skipped or not (switch.report.replaced or switch.own)):
+        raise ValueError(f"verify: strict must leave nothing, got\n{switch.report}")
+    calls, remarks = KernelCalls(), _Remarks([], [])
+    with _as_found(model, switch, train):
+        call = functools.partial(_run, model, inputs, kwargs, train)
+        switch.off()
+        tell("unpatched run")
+        before = call()
+        tell("float64 run")
+        wide_inputs, wide_kwargs = widened((inputs, kwargs))
+        truth = _run(copy.deepcopy(model).double(), wide_inputs, wide_kwargs, train)
+        report = switch.on()
+        tell("patched run")
+        with calls:
+            runs = {"": call()}
+        ways: dict[str, _Way] = {BEFORE: (switch.off, call), AFTER: (switch.on, call)}
+        if compiled:
+            tell("compiling")
+            made = _compiled(model, switch, (inputs, kwargs, train), remarks)
+            ways |= {name: (lambda: None, way) for name, (way, _) in made.items()}
+            runs |= {f"{n}: ": run for n, (_, run) in made.items() if n == COMPILED[AFTER]}
+        timings: dict[str, Timing] = {}
+        rounds = 0
+        if seconds > 0:
+            tell("timing")
+            timings, rounds = _take_turns(ways, seconds, clock, _on_gpu(model))
+    terms = (longest_sum(model), chained_sums(model))
+    pairs = [_compare_all(prefix, run, before, truth, terms) for prefix, run in runs.items()]
+    outputs, gradients = ([o for pair in pairs for o in pair[kind]] for kind in (0, 1))
+    return Verification(
+        report, switch.own, outputs, gradients, timings, rounds, calls.counts, *remarks
+    )
 
 
-def _tensors(outputs: Any) -> list[tuple[str, torch.Tensor]]:
+def _on_gpu(model: torch.nn.Module) -> bool:
+    return any(p.is_cuda for p in model.parameters())
+
+
+@contextmanager
+def _as_found(model: torch.nn.Module, switch: Switch, train: bool) -> Iterator[None]:
+    """Puts every module in the mode asked for; leaves the model in its own, with its buffers."""
+    training = {m: m.training for m in model.modules()}
+    buffers = [(b, b.clone()) for b in model.buffers()] if train else []
+    model.train(train)
+    dropouts = torch.nn.modules.dropout._DropoutNd
+    for m in model.modules():
+        if isinstance(m, dropouts) or type(m).__name__ in RANDOM:
+            m.eval()
+    try:
+        yield
+    finally:
+        switch.restore()
+        for m, mode in training.items():
+            m.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _tensors(outputs: Any) -> Named:
     leaves, _ = tree_flatten_with_path(dict(outputs) if isinstance(outputs, dict) else outputs)
     found = [
-        (keystr(path), t)
+        (f"output{keystr(path)}", t)
         for path, t in leaves
         if isinstance(t, torch.Tensor) and t.is_floating_point()
     ]
@@ -166,126 +197,146 @@ def _tensors(outputs: Any) -> list[tuple[str, torch.Tensor]]:
     return found
 
 
-def _to_double(values: Any) -> Any:
-    def convert(t):
-        return t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+def _run(
+    model: torch.nn.Module, inputs: Any, kwargs: dict[str, Any], train: bool
+) -> tuple[Named, Named]:
+    """Outputs of a call and, with ``train``, the gradients of what requires some, by name."""
+    if not train:
+        with torch.no_grad():
+            return _tensors(model(*inputs, **kwargs)), []
+    named: Named = [
+        (n.replace("_orig_mod.", ""), p) for n, p in model.named_parameters() if p.requires_grad
+    ]
 
-    return tree_map(convert, values)
+    def leaf(path: Any, t: Any) -> Any:
+        if not (isinstance(t, torch.Tensor) and t.is_floating_point()):
+            return t
+        t = t.detach().clone().requires_grad_()
+        named.append((f"input{keystr(path)}", t))
+        return t
+
+    args, options = tree_map_with_path(leaf, (inputs, kwargs))
+    with torch.enable_grad():
+        outputs = _tensors(model(*args, **options))
+    reached = [o for _, o in outputs if o.requires_grad]
+    if not reached:
+        raise ValueError("verify: train must have outputs that depend on what requires a gradient")
+    tensors = [t for _, t in named]
+    starts = [_cotangent(o) for o in reached]
+    found = torch.autograd.grad(reached, tensors, starts, allow_unused=True)
+    pairs = zip(named, found, strict=True)
+    gradients = [(f"gradient of {n}", g) for (n, _), g in pairs if g is not None]
+    return [(n, o.detach()) for n, o in outputs], gradients
 
 
-def longest_sum(model: torch.nn.Module) -> int:
-    """Terms of the longest sum any layer computes: the rounding a correct model may show."""
-    layers = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
-    weights = [m.weight for m in model.modules() if isinstance(m, layers)]
-    return max((w.numel() // w.shape[0] for w in weights if w.numel()), default=1)
+def _cotangent(output: torch.Tensor) -> torch.Tensor:
+    """Drawn in float64, the same for every dtype of a run."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
+
+
+def _compare_all(
+    prefix: str, after: Any, before: Any, exact: Any, terms: tuple[int, int]
+) -> tuple[list[OutputParity], list[OutputParity]]:
+    largest = max((g.abs().max().item() for _, g in exact[1] if g.numel()), default=0.0)
+    found: tuple[list[OutputParity], list[OutputParity]] = ([], [])
+    for kind in (0, 1):
+        triples = zip(after[kind], before[kind], exact[kind], strict=True)
+        for (name, a), (_, b), (_, x) in triples:
+            vanishes = kind == 1 and (x.abs().max().item() if x.numel() else 0) < 1e-10 * largest
+            scale = largest if vanishes else None
+            found[kind].append(_compare(prefix + name, a, b, x, terms[kind], scale))
+    return found
 
 
 def _compare(
-    name: str, after: torch.Tensor, before: torch.Tensor, exact: torch.Tensor, terms: int
+    name: str,
+    after: torch.Tensor,
+    before: torch.Tensor,
+    exact: torch.Tensor,
+    terms: int,
+    scale: float | None,
 ) -> OutputParity:
+    dtype = str(after.dtype).removeprefix("torch.")
+    if scale is not None:
+        # Zero in exact arithmetic, as the gradient of a bias of the keys is: what is left is
+        # rounding and has no scale of its own.
+        errors = [t.abs().max().item() if t.numel() else 0.0 for t in (after, before)]
+        errors = [math.inf if math.isnan(e) else e for e in errors]
+        limit = (torch.finfo(after.dtype).eps + math.sqrt(terms) * EPS32) * scale
+        result = Parity(errors[0], limit, 0.0, 0.0, errors[1], scale)
+        return OutputParity(name, tuple(after.shape), dtype, result, 0.0)
     distance = (before.to(exact.device).double() - exact).norm().item()
     norm = exact.norm().item()
-    return OutputParity(
-        name,
-        tuple(after.shape),
-        str(after.dtype).removeprefix("torch."),
-        parity(after, before, exact, terms=terms),
-        distance / norm if norm else distance,
-    )
+    result = parity(after, before, exact, terms=terms)
+    yardstick = distance / norm if norm else distance
+    return OutputParity(name, tuple(after.shape), dtype, result, yardstick)
 
 
-def verify(
-    model: torch.nn.Module,
-    *inputs: Any,
-    backend: str = "auto",
-    seconds: float = 3.0,
-    progress: Callable[[str], None] | None = None,
-    **kwargs: Any,
-) -> Verification:
-    """Runs ``model(*inputs, **kwargs)`` in float64, unpatched and patched, and compares.
+_Way = tuple[Callable[[], Any], Callable[[], Any]]  # what comes before a call, and the call
 
-    The patched run must keep the project's tolerance (``vitkit/_numerics.py``): no output may be
-    further from the float64 run than twice the unpatched run is, plus the rounding of its dtype.
-    The model is put in eval mode for the comparison and left as it was; a copy of it in float64
-    must fit in memory. It must compute the same on every call: no random numbers.
 
-    Args:
-        model: unpatched; it is patched and unpatched again here.
-        backend: see ``vitkit.patch``.
-        seconds: time spent on measuring speed, unpatched and patched calls taking turns; at least
-            five of each.
-        progress: called with the name of each step.
+class _Remarks(NamedTuple):
+    failures: list[str]
+    notes: list[str]
 
-    Returns:
-        The verification; ``print(result)`` shows it, ``result.ok`` is the verdict.
 
-    Raises:
-        ValueError: the model is patched already, or returns no floating point tensor.
+def _compiled(
+    model: torch.nn.Module, switch: Switch, call: tuple[Any, Any, bool], remarks: _Remarks
+) -> dict[str, tuple[Callable[[], Any], Any]]:
+    """The model unpatched and patched under ``torch.compile``: how to call it, and its results. A
+    patched model that does not compile is a failure where the unpatched one does.
 
-    Example:
-        >>> import torch, vitkit
-        >>> vitkit.verify(torch.nn.GroupNorm(2, 8), torch.randn(1, 8, 4, 4), seconds=0.01).ok
-        True
+    Both are copies on the same parameters: what patching changes in place would be compiled anew at
+    every turn.
     """
-    if is_patched(model):
-        raise ValueError("verify: model must not be patched already")
-    tell = progress or (lambda step: None)
-    training = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            tell("float64 run")
-            exact = copy.deepcopy(model).double()
-            truth = _tensors(exact(*_to_double(inputs), **_to_double(kwargs)))
-            del exact
-            tell("unpatched run")
-            before = _tensors(model(*inputs, **kwargs))
-            report = patch(model, backend=backend)
-            tell("patched run")
-            with KernelCalls() as calls:
-                after = _tensors(model(*inputs, **kwargs))
-            tell("timing")
-            times = _take_turns(model, backend, lambda: model(*inputs, **kwargs), seconds)
-    finally:
-        unpatch(model)
-        for m, mode in training.items():
-            m.training = mode
-    terms = longest_sum(model)
-    outputs = [
-        _compare(name, a, b, t, terms)
-        for (name, a), (_, b), (_, t) in zip(after, before, truth, strict=True)
-    ]
-    return Verification(report, outputs, *times, calls.counts)
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    switch.off()
+    before = copy.deepcopy(model, dict(tensors))
+    switch.on()
+    after = copy.deepcopy(model, dict(tensors))
+    made = {}
+    for name, copied in ((COMPILED[BEFORE], before), (COMPILED[AFTER], after)):
+        way = functools.partial(_run, torch.compile(copied), *call)
+        try:
+            made[name] = (way, way())
+        except Exception as error:  # whatever the host, Dynamo or Inductor raises
+            ours = copied is after and COMPILED[BEFORE] in made
+            why = str(error).strip().split("\n")[0]
+            remarks[0 if ours else 1].append(f"{name}: {type(error).__name__}: {why}")
+    return made
 
 
 def _take_turns(
-    model: torch.nn.Module, backend: str, call: Callable[[], Any], seconds: float
-) -> tuple[float, float, float, int]:
-    """Median times unpatched and patched, median of their ratios, and the number of rounds; the
-    model arrives and leaves patched."""
-    on_gpu = any(p.is_cuda for p in model.parameters())
+    ways: dict[str, _Way], seconds: float, clock: Callable[[], float], on_gpu: bool
+) -> tuple[dict[str, Timing], int]:
+    """Times and memory of each way to call, and the number of rounds; speed-ups over the first."""
 
-    def timed() -> float:
+    def timed(way: _Way) -> float:
+        way[0]()
         if on_gpu:
             torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
+        start = clock()
+        way[1]()
         if on_gpu:
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return clock() - start
 
-    before: list[float] = []
-    after: list[float] = []
-    stop = time.perf_counter() + seconds
-    while len(after) < 5 or (time.perf_counter() < stop and len(after) < 101):
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    start = time.perf_counter()
+    rounds, spent = 0, 0.0
+    while rounds < 2 or (rounds < 5 and spent < LONG) or (rounds < 101 and spent < seconds):
         # First one, then the other first: what drifts favours neither.
-        if len(after) % 2:
-            after.append(timed())
-        unpatch(model)
-        before.append(timed())
-        patch(model, backend=backend)
-        if len(after) < len(before):
-            after.append(timed())
-    ratios = [b / a for b, a in zip(before, after, strict=True)]
-    medians = [statistics.median(values) for values in (before, after, ratios)]
-    return medians[0], medians[1], medians[2], len(ratios)
+        order: Sequence[str] = list(ways)[:: -1 if rounds % 2 else 1]
+        for name in order:
+            taken[name].append(timed(ways[name]))
+        rounds, spent = rounds + 1, time.perf_counter() - start
+    first = taken[next(iter(ways))]
+    timings = {}
+    for name, way in ways.items():
+        ratios = [b / a for b, a in zip(first, taken[name], strict=True)]
+        way[0]()
+        memory = peak_bytes(way[1], "cuda" if on_gpu else "cpu")
+        middle, spread = statistics.median(ratios), (min(ratios), max(ratios))
+        timings[name] = Timing(statistics.median(taken[name]), middle, spread, memory)
+    return timings, rounds

@@ -14,7 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from vitkit.demo.models import DemoModel, demo_models, photograph
-from vitkit.verify import Verification, verify
+from vitkit.verification import Verification
+from vitkit.verify import verify
 
 STEPS = 5  # of verify's progress, building the model included
 

@@ -1,8 +1,7 @@
-"""The models of the demo, and models named on the command line."""
+"""The models of the demo."""
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,32 +17,6 @@ class DemoModel:
 
     name: str
     make: Callable[[], tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]]
-
-
-def parse_shape(text: str) -> tuple[int, ...]:
-    """``"1x3x224x224"`` as integers."""
-    try:
-        shape = tuple(int(part) for part in text.lower().split("x"))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise ValueError(f"shape must look like 1x3x224x224, got {text!r}")
-    return shape
-
-
-def build_model(spec: str) -> torch.nn.Module:
-    """``timm:NAME`` or ``module.path:callable``; random weights."""
-    prefix, _, name = spec.partition(":")
-    if not name:
-        raise ValueError(f"model must look like timm:NAME or module:callable, got {spec!r}")
-    if prefix == "timm":
-        import timm
-
-        return timm.create_model(name, pretrained=False)
-    model = getattr(importlib.import_module(prefix), name)()
-    if not isinstance(model, torch.nn.Module):
-        raise ValueError(f"model must be a torch.nn.Module, {spec!r} made {type(model).__name__}")
-    return model
 
 
 def photograph(path: Path | None, size: int, mean: float = 0.5, std: float = 0.5) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from vitkit import _drawing, doctor
 from vitkit._drawing import AFTER, BEFORE, INK
 from vitkit._version import __version__
-from vitkit.verify import Verification
+from vitkit.verification import Verification
 
 Row = tuple[str, Verification]
 

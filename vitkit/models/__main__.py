@@ -1,12 +1,13 @@
-"""The table of docs/models.md, from the configurations.
+"""The tables of docs/models.md, from the configurations and the rows that ``make models`` stored.
 
-python -m vitkit.models                  print it
-python -m vitkit.models docs/models.md   put it between the markers of that file
+python -m vitkit.models                  print them
+python -m vitkit.models docs/models.md   put them between the markers of that file
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from vitkit.models import create, entry, list_models
 
-BEGIN, END = "<!-- models: begin -->", "<!-- models: end -->"
+MARKERS = "<!-- {}: begin -->", "<!-- {}: end -->"
 # Fields of configurations worth a word, in this order.
 PARTS = {
     "depth": "{} layers",
@@ -58,22 +59,33 @@ def parameters(name: str) -> int:
         return sum(p.numel() for p in create(name).parameters())
 
 
-def table() -> str:
-    """Markdown: name, parameters, configuration, and whose weights load."""
-    rows = ["| name | parameters | configuration | whose configuration and names of weights |"]
-    rows.append("|---|---|---|---|")
+def tables() -> dict[str, str]:
+    """Markdown by the name of its markers. ``models``: name, parameters, configuration, whose
+    weights load, and what was measured at full size; ``hosts``: models of the hosts, patched."""
+    from vitkit.benchmarks import models as measured
+
+    data = measured.load()
+    known = ("name", "parameters", "configuration", "whose configuration and names of weights")
+    titles = (*known, *measured.COLUMNS)
+    lines = [_line(titles), _line(["---"] * len(titles)).replace(" ", "")]
     for name in list_models():
         millions = f"{parameters(name) / 1e6:,.1f} M"
-        rows.append(
-            f"| `{name}` | {millions} | {describe(entry(name).config)} | {entry(name).source} |"
-        )
-    return "\n".join(rows)
+        cells = (f"`{name}`", millions, describe(entry(name).config), entry(name).source)
+        lines.append(_line((*cells, *measured.cells(name, data["rows"]))))
+    return {"models": "\n".join(lines), "hosts": measured.hosts_table(data)}
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def updated(text: str) -> str:
-    """A page with its table as it is now."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+    """A page with its tables as they are now."""
+    for name, table in tables().items():
+        begin, end = (marker.format(name) for marker in MARKERS)
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 if __name__ == "__main__":
@@ -81,4 +93,4 @@ if __name__ == "__main__":
         page = Path(sys.argv[1])
         page.write_text(updated(page.read_text()))
     else:
-        print(table())
+        print("\n\n".join(tables().values()))
