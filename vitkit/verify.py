@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -295,9 +295,10 @@ def _compiled(
     before = copy.deepcopy(model, dict(tensors))
     switch.on()
     after = copy.deepcopy(model, dict(tensors))
-    made = {}
+    made: dict[str, tuple[Callable[[], Any], Any]] = {}
     for name, copied in ((COMPILED[BEFORE], before), (COMPILED[AFTER], after)):
-        way = functools.partial(_run, torch.compile(copied), *call)
+        compiled = cast(torch.nn.Module, torch.compile(copied))
+        way = functools.partial(_run, compiled, *call)
         try:
             made[name] = (way, way())
         except Exception as error:  # whatever the host, Dynamo or Inductor raises
