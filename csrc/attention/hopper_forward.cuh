@@ -156,7 +156,7 @@ struct HopperConsumer {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int key = first + n * 8 + lane_id() % 4 * 2 + i % 2;
-        if (key >= n_k || (p.causal && key > row + i / 2 * 8)) s[0][n][i] = -INFINITY;
+        if (n_k <= key || (p.causal && row + i / 2 * 8 < key)) s[0][n][i] = -INFINITY;
       }
   }
 
