@@ -295,9 +295,10 @@ def _compiled(
     before = copy.deepcopy(model, dict(tensors))
     switch.on()
     after = copy.deepcopy(model, dict(tensors))
-    made = {}
+    made: dict[str, tuple[Callable[[], Any], Any]] = {}
     for name, copied in ((COMPILED[BEFORE], before), (COMPILED[AFTER], after)):
-        way = functools.partial(_run, torch.compile(copied), *call)
+        shown: Any = torch.compile(copied)
+        way = functools.partial(_run, shown, *call)
         try:
             made[name] = (way, way())
         except Exception as error:  # whatever the host, Dynamo or Inductor raises
