@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -297,8 +297,8 @@ def _compiled(
     after = copy.deepcopy(model, dict(tensors))
     made: dict[str, tuple[Callable[[], Any], Any]] = {}
     for name, copied in ((COMPILED[BEFORE], before), (COMPILED[AFTER], after)):
-        compiled = cast(torch.nn.Module, torch.compile(copied))
-        way = functools.partial(_run, compiled, *call)
+        shown: Any = torch.compile(copied)
+        way = functools.partial(_run, shown, *call)
         try:
             made[name] = (way, way())
         except Exception as error:  # whatever the host, Dynamo or Inductor raises
