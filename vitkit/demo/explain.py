@@ -238,13 +238,13 @@ def draw(image: torch.Tensor, found: list[Comparison]) -> str:
         a.set(xticks=[], yticks=[])
         for spine in a.spines.values():
             spine.set_visible(False)
-    axes[0].imshow(image[0], cmap="gray")
+    axes[0].imshow(image[0].numpy(), cmap="gray")
     axes[0].set_title("image")
     for column, c in enumerate(found, 1):
         limit = max(c.unpatched.abs().max().item(), 1e-12)
         for row, values in enumerate((c.unpatched, c.patched)):
             a = axes[column + row * (len(found) + 1)]
-            a.imshow(values.double(), cmap="PuOr", vmin=-limit, vmax=limit)
+            a.imshow(values.double().numpy(), cmap="PuOr", vmin=-limit, vmax=limit)
         axes[column].set_title(c.name)
         below = axes[column + len(found) + 1]
         below.set_xlabel(f"{c.speedup:.2f}x as fast\nerror {c.parity.relative:.0e}")
