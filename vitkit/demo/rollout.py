@@ -38,8 +38,8 @@ class AttentionCalls(TorchDispatchMode):
         if func.namespace == "vitkit" and func._schema.name == "vitkit::flash_attention_fwd":
             q, k, _, bias, cu_seqlens_q, _, causal, scale = args
             if cu_seqlens_q is None:
-                keep = (t.detach() if t is not None else None for t in (q, k, bias))
-                self.calls.append(AttentionCall(*keep, causal, scale))
+                bias = None if bias is None else bias.detach()
+                self.calls.append(AttentionCall(q.detach(), k.detach(), bias, causal, scale))
         return func(*args, **(kwargs or {}))
 
 
