@@ -268,7 +268,6 @@ TABLE: dict[str, list[Mutant]] = {
         _m("causal_by_the_first_row", "row + i / 2 * 8 < key", "row < key"),
         _m("outputs_keep_the_old_maximum", "softmax.rescale(out[0], half, keep[half]);",
            "softmax.rescale(out[0], half, 1.f);"),
-        _m("queries_overwritten_while_read", "ptx::warpgroup_barrier(1 + consumer);", ""),
     ],
     "structured_bias": [
         _m("column_of_another_key", "at - width.divide(at) * width.value", "key % width.value",
