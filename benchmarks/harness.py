@@ -125,6 +125,10 @@ class WrongNumbers(RuntimeError):
     """A provider's outputs miss the tolerance."""
 
 
+class LeftOut(RuntimeError):
+    """A case that takes too long on this machine to be measured, and why."""
+
+
 class BeyondRoofline(RuntimeError):
     """A time shorter than the machine can do: the measurement is wrong."""
 

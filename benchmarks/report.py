@@ -69,8 +69,8 @@ def markdown(facts: dict[str, Any], rows: Sequence[Row]) -> str:
             f" (geometric mean of {len(mine)} rows)",
             "",
             "| model | shape | mode | dtype | layout | vitkit | best rival | speed-up | target"
-            " | error / limit | % of floor |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
+            " | error / limit | % of floor | memory |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for r in mine:
             target = "" if r.target is None else f"{r.target:.2f}x {'met' if r.met else 'missed'}"
@@ -79,9 +79,11 @@ def markdown(facts: dict[str, Any], rows: Sequence[Row]) -> str:
             lines.append(
                 f"| {r.name} | {r.shape} | {r.mode} | {r.dtype} | {r.layout}"
                 f" | {_time(r.microseconds)} | {rival} | **{r.ratio:.2f}x** | {target}"
-                f" | {error:.2f} | {r.floor_fraction:.0%} |"
+                f" | {error:.2f} | {r.floor_fraction:.0%} | {_share(r)} |"
             )
         lines += ["", _first_calls(mine), ""]
+    if facts.get("too_long"):
+        lines += ["Left out:", "", *(f"- {n}: {why}" for n, why in facts["too_long"].items()), ""]
     for op, curve in dict.fromkeys((r.op, r.curve) for r in rows if r.curve):
         lines += _curve(curve, [r for r in rows if (r.op, r.curve) == (op, curve)])
     return "\n".join(lines)
@@ -106,6 +108,12 @@ def summary(facts: dict[str, Any], rows: Sequence[Row]) -> str:
             f" {_time(first.rivals[first.best_rival])} |"
         )
     return "\n".join(lines)
+
+
+def _share(row: Row) -> str:
+    """Of the memory that a call of the best rival needs."""
+    rival = row.best_rival_peak_mbytes
+    return f"{row.peak_mbytes / rival:.2f}x" if rival > 0 else ""
 
 
 def _first_calls(rows: Sequence[Row]) -> str:

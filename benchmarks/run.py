@@ -21,7 +21,7 @@ from vitkit import backends
 
 from . import compare, overhead, own, report
 from .ceilings import Roofline, measure_roofline
-from .harness import Case, Row, measure, modelled
+from .harness import Case, LeftOut, Row, measure, modelled
 from .timing import CACHES
 
 OPS = (*own.OPS, "models")
@@ -188,6 +188,7 @@ def run(
     rows: list[Row] = []
     failures: dict[str, str] = {}
     left_out = 0
+    too_long: dict[str, str] = {}
     for index, case in enumerate(cases):
         if time.monotonic() - begin > budget:
             left_out = len(cases) - index
@@ -203,10 +204,17 @@ def run(
             rows.append(_measure_or_model(case, device, roofline, manner, line))
             seconds = f" ({time.monotonic() - start:.0f} s)"
             tell(f"[{index + 1}/{len(cases)}] {report.describe_row(rows[-1])}{seconds}")
+        except LeftOut as reason:
+            too_long[label] = str(reason)
+            tell(f"[{index + 1}/{len(cases)}] {label}: left out, {reason}")
         except Exception as error:
             failures[label] = f"{type(error).__name__}: {error}".splitlines()[0]
             tell(f"[{index + 1}/{len(cases)}] {label}: FAILED {failures[label]}")
-    took = {"minutes": round((time.monotonic() - begin) / 60, 1), "left_out": left_out}
+    took = {
+        "minutes": round((time.monotonic() - begin) / 60, 1),
+        "left_out": left_out,
+        "too_long": too_long,
+    }
     return environment(device, roofline, manner.cache) | took, rows, failures
 
 

@@ -100,7 +100,7 @@ def _unsegmented(x: torch.Tensor, b: Branch, n: int) -> torch.Tensor:
     return x[:, :, : b.length].flatten(1, 2)[:, :n]
 
 
-def _gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """One gather and one SDPA per branch, spread out again and mixed."""
     batch, n, heads, d = q.shape
     outs, lses = [], []
@@ -267,11 +267,11 @@ def make_case(
         )
 
     def make() -> tuple[list[Provider], Callable[[], Outputs]]:
-        rivals: dict[str, Callable[..., torch.Tensor]] = {"eager": _gathered, "views": _viewed}
+        rivals: dict[str, Callable[..., torch.Tensor]] = {"eager": gathered, "views": _viewed}
         if not long:
-            rivals |= compiled(_gathered)
+            rivals |= compiled(gathered)
             if half_on_cpu(dtype, device):
-                rivals["torch.compile in float32"] = torch.compile(in_float32(_gathered, dtype))
+                rivals["torch.compile in float32"] = torch.compile(in_float32(gathered, dtype))
         if long:
             _announce(name, ours, projections, flops, lambda t: forward_flops(b, t, h, d), device)
         q, k, v = projections(n)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from vitkit.nn.attention import _head_dim
+from vitkit.nn.norm import LayerNorm
 from vitkit.ops import dilated_attention as _op
 
 
@@ -49,7 +50,7 @@ class DilatedAttention(torch.nn.Module):
         self.q_proj = torch.nn.Linear(dim, dim)
         self.k_proj = torch.nn.Linear(dim, dim)
         self.v_proj = torch.nn.Linear(dim, dim)
-        self.inner_attn_ln = torch.nn.LayerNorm(dim, eps=eps) if subln else None
+        self.inner_attn_ln = LayerNorm(dim, eps=eps) if subln else None
         self.out_proj = torch.nn.Linear(dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -58,6 +59,13 @@ class DilatedAttention(torch.nn.Module):
             proj(x).unflatten(-1, (self.num_heads, -1))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        out = self.attend(q, k, v).flatten(2)
+        if self.inner_attn_ln is not None:
+            out = self.inner_attn_ln(out)
+        return self.out_proj(out)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The attention itself, of [B, N, H, D]."""
         out = _op.dilated_attention(
             q,
             k,
@@ -69,7 +77,4 @@ class DilatedAttention(torch.nn.Module):
             backend=getattr(self, "vitkit_backend", "auto"),
         )
         assert isinstance(out, torch.Tensor)
-        out = out.flatten(2)
-        if self.inner_attn_ln is not None:
-            out = self.inner_attn_ln(out)
-        return self.out_proj(out)
+        return out
