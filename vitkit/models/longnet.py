@@ -70,7 +70,13 @@ class LongNetConfig:
 
 
 class FeedForward(torch.nn.Module):
-    """Two projections, a GELU in float32 and a LayerNorm before the second."""
+    """Two projections, a GELU in float32 and a LayerNorm before the second.
+
+    Without gradients ``tokens`` at a time: what lies between the projections, four times as wide as
+    its input, would otherwise be most of what a slide needs.
+    """
+
+    tokens = 2048
 
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -79,6 +85,11 @@ class FeedForward(torch.nn.Module):
         self.ffn_layernorm = LayerNorm(4 * dim, eps=eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() or x.shape[1] <= self.tokens:
+            return self._project(x)
+        return torch.cat([self._project(part) for part in x.split(self.tokens, 1)], 1)
+
+    def _project(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.ffn_layernorm(gelu(self, self.fc1(x))))
 
 
