@@ -9,9 +9,10 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -46,6 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--json", type=Path, nargs="?", const=STDOUT, metavar="FILE",
         help="store the rows in FILE; without one, print them instead of the table",
+    )  # fmt: skip
+    p.add_argument(
+        "--resume", action="store_true",
+        help="keep the rows that FILE of --json holds, if they are of this machine and commit, and"
+        " measure the others",
     )  # fmt: skip
     p.add_argument("--report", type=Path, help="write an HTML page here")
     p.add_argument(
@@ -168,15 +174,37 @@ def _measure_or_model(
     return measure(case, device, roofline, manner.seconds, manner.cache, manner.thorough)
 
 
+@dataclass
+class Results:
+    """What is stored: the environment, the rows, and what failed, by case."""
+
+    facts: dict[str, Any]
+    rows: list[Row]
+    failures: dict[str, str]
+
+
+def label(case: Case) -> str:
+    """Of a case among all others."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    return f"{case.op} {case.name} {case.mode} {dtype} {case.layout} {case.shape}"
+
+
+def _label_of(row: Row) -> str:
+    return f"{row.op} {row.name} {row.mode} {row.dtype} {row.layout} {row.shape}"
+
+
 def run(
     cases: Sequence[Case],
     device: str,
     manner: Manner = Manner(),
     progress: TextIO | None = None,
     budget: float = math.inf,
-) -> tuple[dict[str, Any], list[Row], dict[str, str]]:
-    """Measures all cases that can begin within ``budget`` seconds; returns the environment, the
-    rows, and what failed, by case. ``progress`` gets a line per case."""
+    before: Results | None = None,
+    keep: Callable[[Results], None] = lambda results: None,
+) -> Results:
+    """Measures all cases that can begin within ``budget`` seconds. ``progress`` gets a line per
+    case. Cases among the rows of ``before`` are not measured again; ``keep`` is called with all
+    results so far after every case."""
 
     def tell(line: str) -> None:
         if progress is not None:
@@ -184,38 +212,74 @@ def run(
 
     roofline = measure_roofline(device, sorted({c.dtype for c in cases}, key=str))
     tell(report.describe_roofline(roofline))
-    begin = time.monotonic()
-    rows: list[Row] = []
-    failures: dict[str, str] = {}
-    left_out = 0
+    facts = environment(device, roofline, manner.cache)
+    rows = [] if before is None else list(before.rows)
+    minutes = 0.0 if before is None else _continued(before.facts, facts)
+    found = Results(facts, rows, {})
+    stored = {_label_of(r) for r in rows}
     too_long: dict[str, str] = {}
+    begin = time.monotonic()
     for index, case in enumerate(cases):
+        left_out = 0
         if time.monotonic() - begin > budget:
             left_out = len(cases) - index
             tell(f"{left_out} cases left out: the {budget:g} s are over")
+        elif label(case) not in stored:
+            start = time.monotonic()
+            text = _measured(case, device, roofline, manner, found, too_long)
+            tell(f"[{index + 1}/{len(cases)}] {text} ({time.monotonic() - start:.0f} s)")
+        took = round(minutes + (time.monotonic() - begin) / 60, 1)
+        found.facts = facts | {"minutes": took, "left_out": left_out, "too_long": too_long}
+        keep(found)
+        if left_out:
             break
-        dtype = str(case.dtype).removeprefix("torch.")
-        label = f"{case.op} {case.name} {case.mode} {dtype} {case.layout}"
-        line = [r for r in rows if case.curve and (r.op, r.curve, r.dtype, r.modelled) ==
-                (case.op, case.curve, dtype, False)]  # fmt: skip
-        start = time.monotonic()
-        try:
-            torch._dynamo.reset()
-            rows.append(_measure_or_model(case, device, roofline, manner, line))
-            seconds = f" ({time.monotonic() - start:.0f} s)"
-            tell(f"[{index + 1}/{len(cases)}] {report.describe_row(rows[-1])}{seconds}")
-        except LeftOut as reason:
-            too_long[label] = str(reason)
-            tell(f"[{index + 1}/{len(cases)}] {label}: left out, {reason}")
-        except Exception as error:
-            failures[label] = f"{type(error).__name__}: {error}".splitlines()[0]
-            tell(f"[{index + 1}/{len(cases)}] {label}: FAILED {failures[label]}")
-    took = {
-        "minutes": round((time.monotonic() - begin) / 60, 1),
-        "left_out": left_out,
-        "too_long": too_long,
-    }
-    return environment(device, roofline, manner.cache) | took, rows, failures
+    place = {label(case): i for i, case in enumerate(cases)}
+    rows.sort(key=lambda row: place.get(_label_of(row), len(place)))
+    keep(found)
+    return found
+
+
+def _measured(
+    case: Case,
+    device: str,
+    roofline: Roofline,
+    manner: Manner,
+    found: Results,
+    too_long: dict[str, str],
+) -> str:
+    """Measures a case, adds it to what was found, and describes it."""
+    name = label(case)
+    line = [r for r in found.rows if case.curve and (r.op, r.curve, r.dtype, r.modelled) ==
+            (case.op, case.curve, str(case.dtype).removeprefix("torch."), False)]  # fmt: skip
+    try:
+        torch._dynamo.reset()
+        found.rows.append(_measure_or_model(case, device, roofline, manner, line))
+        return report.describe_row(found.rows[-1])
+    except LeftOut as reason:
+        too_long[name] = str(reason)
+        return f"{name}: left out, {reason}"
+    except Exception as error:
+        found.failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"{name}: FAILED {found.failures[name]}"
+
+
+# What rows of one file share; the ceilings and the date may differ by a little.
+SHARED = ("device", "cpu_isa", "threads", "vitkit", "torch", "triton", "python", "commit", "cache")
+
+
+def _continued(before: dict[str, Any], now: dict[str, Any]) -> float:
+    """The minutes that a stored run took, if it can be continued.
+
+    Raises:
+        SystemExit: it is of another machine, version or commit.
+    """
+    for key in SHARED:
+        if before.get(key) != now[key]:
+            raise SystemExit(
+                f"vitkit bench: --resume must continue a run of the same {key}, got"
+                f" {before.get(key)!r} stored and {now[key]!r} now"
+            )
+    return float(before.get("minutes", 0.0))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -231,24 +295,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         dtype = DTYPES[options.dtype or "fp32"]
         print(own.explanation(options, cases[0].op, dtype), file=talk, flush=True)
     manner = Manner(options.seconds, options.cache, options.rivals == "all", options.time_box)
+    file = None if options.json in (None, STDOUT) else options.json
+    if options.resume and file is None:
+        raise SystemExit("vitkit bench: --resume must come with a FILE of --json")
+    before = None
+    if options.resume and file.exists():
+        before = Results(*report.load(file), {})
+    budget = options.budget
     with preferred(options.backend):
-        if options.budget is None:
-            facts, rows, failures = run(cases, options.device, manner, talk)
-        else:
-            shared = in_turns(cases)
-            facts, rows, failures = run(shared, options.device, manner, talk, options.budget)
+        found = run(
+            cases if budget is None else in_turns(cases),
+            options.device,
+            manner,
+            talk,
+            math.inf if budget is None else budget,
+            before,
+            (lambda r: None) if file is None else partial(_store, file),
+        )
     if options.json == STDOUT:
-        print(report.as_json(facts, rows, failures))
+        print(report.as_json(found.facts, found.rows, found.failures))
     else:
         print()
-        print(report.markdown(facts, rows))
+        print(report.markdown(found.facts, found.rows))
     if old is not None:
-        print(compare.markdown(*old, facts, rows), file=talk)
-    if options.json and options.json != STDOUT:
-        report.store(options.json, facts, rows, failures)
+        print(compare.markdown(*old, found.facts, found.rows), file=talk)
     if options.report:
-        options.report.write_text(report.html(facts, rows))
-    return 1 if failures else 0
+        options.report.write_text(report.html(found.facts, found.rows))
+    return 1 if found.failures else 0
+
+
+def _store(file: Path, results: Results) -> None:
+    report.store(file, results.facts, results.rows, results.failures)
 
 
 if __name__ == "__main__":

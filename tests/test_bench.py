@@ -17,6 +17,7 @@ from vitkit.benchmarks.cases import dilated_attention
 from vitkit.benchmarks.harness import (
     BeyondRoofline,
     Case,
+    LeftOut,
     Provider,
     Roofline,
     WrongNumbers,
@@ -246,5 +247,43 @@ def test_a_budget_gives_every_op_its_share(monkeypatch):
     cases = [dataclasses.replace(c, op=op) for c, op in zip(cases, "aaabb", strict=True)]
     assert [c.op for c in run.in_turns(cases)] == list("ababa")
     monkeypatch.setattr(run, "measure_roofline", lambda *_: ROOFLINE)
-    facts, rows, failures = run.run(cases, "cpu", run.Manner(0.01), budget=-1.0)
-    assert facts["left_out"] == 5 and not rows and not failures
+    found = run.run(cases, "cpu", run.Manner(0.01), budget=-1.0)
+    assert found.facts["left_out"] == 5 and not found.rows and not found.failures
+
+
+def test_a_run_that_was_cut_off_is_continued(monkeypatch):
+    """Rows are kept one by one; what is there is not measured again, and nothing of another
+    commit is mixed in."""
+    monkeypatch.setattr(run, "measure_roofline", lambda *_: ROOFLINE)
+    cases = [dataclasses.replace(case(lambda: [X.sin()]), name=n) for n in "abc"]
+    before = run.Results({}, [], {})
+    kept = []
+
+    def keep(results):
+        before.facts, before.rows = results.facts, [*results.rows]
+        kept.append([r.name for r in results.rows])
+        if len(results.rows) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.run(cases[1:], "cpu", run.Manner(0.01), keep=keep)
+    assert kept == [["b"], ["b", "c"]]
+    times = {r.name: r.microseconds for r in before.rows}
+    found = run.run(cases, "cpu", run.Manner(0.01), before=before)
+    assert [r.name for r in found.rows] == ["a", "b", "c"]
+    assert {r.name: r.microseconds for r in found.rows if r.name in times} == times
+    assert found.facts["minutes"] >= before.facts["minutes"]
+    before.facts["commit"] = "another"
+    with pytest.raises(SystemExit, match="same commit, got 'another'"):
+        run.run(cases, "cpu", run.Manner(0.01), before=before)
+
+
+def test_what_takes_too_long_is_left_out_and_named(monkeypatch):
+    def refuse():
+        raise LeftOut("a call takes an hour")
+
+    monkeypatch.setattr(run, "measure_roofline", lambda *_: ROOFLINE)
+    slow = dataclasses.replace(case(lambda: [X.sin()]), make=refuse)
+    found = run.run([slow], "cpu", run.Manner(0.01))
+    assert not found.failures and list(found.facts["too_long"].values()) == ["a call takes an hour"]
+    assert "Left out:" in report.markdown(found.facts, [])

@@ -67,8 +67,8 @@ def test_points_beyond_the_time_box_are_modelled(monkeypatch):
     cases[0].size, cases[1].size, cases[2].size = 1, 2, 3
     monkeypatch.setattr(run, "modelled", lambda case, last: row(case.name, modelled=True))
     monkeypatch.setattr(run, "environment", lambda *a: FACTS)
-    _, rows, failures = run.run(cases, "cpu", run.Manner(time_box=1.0))
-    assert not failures and [r.modelled for r in rows] == [False, False, True]
+    found = run.run(cases, "cpu", run.Manner(time_box=1.0))
+    assert not found.failures and [r.modelled for r in found.rows] == [False, False, True]
 
 
 def test_unknown_numbers_survive_storage_as_null(tmp_path):

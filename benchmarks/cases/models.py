@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitkit
@@ -28,7 +29,7 @@ from ..timing import Clock
 from .dilated_attention import gathered
 
 OP = "models"
-LONGEST_CALL = 20.0  # seconds; a row takes a dozen calls and more
+LONGEST_CALL = 40.0  # seconds; a row takes a dozen calls and more
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -140,19 +141,34 @@ def _first(outputs: Any) -> list[torch.Tensor]:
 
 
 @cache
-def _product_rate(dtype: torch.dtype, device: str) -> float:
-    """FLOP/s of a small product: far below the best, but it tells emulation from hardware."""
-    a = torch.randn(512, 512, device=device).to(dtype)
+def _rates(dtype: torch.dtype, device: str) -> dict[str, float]:
+    """FLOP/s of torch's products and convolutions of that dtype, of a middling size."""
+    a = torch.randn(1024, 1024, device=device).to(dtype)
+    x = torch.randn(1, 128, 32, 32, device=device).to(dtype)
+    w = torch.randn(128, 128, 3, 3, device=device).to(dtype)
     clock = Clock(device)
-    return 2 * 512**3 / min(clock.sample(lambda: a @ a) for _ in range(3))
+
+    def seconds(call: Callable[[], Any]) -> float:
+        return min(clock.sample(call) for _ in range(3))
+
+    return {
+        "multiplies": 2 * 1024**3 / seconds(lambda: F.linear(a, a)),
+        "convolves": 2 * 9 * 128**2 * 32**2 / seconds(lambda: F.conv2d(x, w, padding=1)),
+    }
 
 
-def _refuse_long(flops: float, dtype: torch.dtype, device: str) -> None:
-    rate = _product_rate(dtype, device)
-    if flops / rate > LONGEST_CALL:
+def _refuse_long(counter: FlopCounterMode, dtype: torch.dtype, device: str) -> None:
+    """Raises LeftOut if a call takes longer than LONGEST_CALL at torch's rates."""
+    rates = _rates(dtype, device)
+    flops = dict.fromkeys(rates, 0.0)
+    for op, count in counter.get_flop_counts()["Global"].items():
+        flops["convolves" if "convolution" in str(op) else "multiplies"] += count
+    spent = {kind: flops[kind] / rate for kind, rate in rates.items()}
+    if sum(spent.values()) > LONGEST_CALL:
+        kind = max(spent, key=spent.__getitem__)
         raise LeftOut(
-            f"a call takes about {flops / rate:.0f} s: torch multiplies"
-            f" {str(dtype).removeprefix('torch.')} at {rate / 1e9:.1f} GFLOP/s here"
+            f"a call takes about {sum(spent.values()):.0f} s: torch {kind}"
+            f" {str(dtype).removeprefix('torch.')} at {rates[kind] / 1e9:.1f} GFLOP/s here"
         )
 
 
@@ -168,7 +184,7 @@ def make_case(model: Model, dtype: torch.dtype, device: str, compile_ours: bool)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             made(*args, **kwargs)
         case.flops = float(counter.get_total_flops())
-        _refuse_long(case.flops, dtype, device)
+        _refuse_long(counter, dtype, device)
         ours = made.to(dtype)
         args, kwargs = _cast(inputs, dtype, device)
         # The same parameters: a second copy of a U-Net may not fit.
