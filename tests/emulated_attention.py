@@ -13,8 +13,6 @@ P, I64, INT, F32, BOOL, U64 = (
     ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_bool, ctypes.c_uint64
 )  # fmt: skip
 BF16, F16, FLOAT = torch.bfloat16, torch.float16, torch.float32
-# What the driver of a mutant holds.
-ONE_KERNEL = ("-DEMULATED_BF16_ONLY", "-DEMULATED_HEAD_DIMS=32")
 
 
 class Rows(ctypes.Structure):

@@ -7,9 +7,11 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "tests" / "emulator"
@@ -78,20 +80,42 @@ SANITIZERS = {
 }
 
 
-def sanitized(
-    driver: str, sanitizer: str, *, csrc: Path = ROOT / "csrc", flags: tuple[str, ...] = ()
-) -> tuple[int, str]:
-    """Exit code and output of the program ``tests/emulator/<driver>.cpp`` under a sanitizer."""
-    path = emulated(driver, csrc=csrc, flags=(*SANITIZERS[sanitizer], *flags))
+def one_kernel(head_dim: int) -> tuple[str, ...]:
+    """Flags that leave only one instantiation of the attention kernels."""
+    return ("-DEMULATED_BF16_ONLY", f"-DEMULATED_HEAD_DIMS={head_dim}")
+
+
+# Programs in tests/emulator over memory of exact size, for the sanitizers: their flags.
+PROGRAMS = {
+    "sanitized_attention": one_kernel(32),
+    "sanitized_hopper": one_kernel(64),
+    "sanitized_maps": one_kernel(32),  # windows, segments of slots, structured biases
+    "sanitized_rows": (),  # patch_embed, layer_norm_modulate
+}
+
+
+def sanitized(program: str, sanitizer: str, csrc: Path = ROOT / "csrc") -> tuple[int, str]:
+    """Exit code and output of one of PROGRAMS under a sanitizer."""
+    path = emulated(program, csrc=csrc, flags=(*SANITIZERS[sanitizer], *PROGRAMS[program]))
     done = subprocess.run([path], capture_output=True, text=True, timeout=170)
     return done.returncode, done.stdout + done.stderr
 
 
-def finding(driver: str, csrc: Path, flags: tuple[str, ...] = ()) -> str | None:
+def finding(program: str, csrc: Path) -> str | None:
     """What the first sanitizer that finds something says, None if none does."""
     for sanitizer in SANITIZERS:
-        code, output = sanitized(driver, sanitizer, csrc=csrc, flags=flags)
+        code, output = sanitized(program, sanitizer, csrc)
         if code != 0 or "Sanitizer" in output:
             lines = (x for x in output.splitlines() if "Sanitizer" in x or ".cuh" in x)
             return f"{sanitizer}: {next(lines, 'failed')}"
     return None
+
+
+def assert_order_changes_nothing(
+    run: Callable[[int], Iterable[torch.Tensor]], seeds: Iterable[int] = range(2, 6)
+) -> None:
+    """``run(seed)`` runs kernels with threads in an order drawn from the seed: to the bit the same
+    tensors for all seeds."""
+    first = list(run(1))
+    for seed in seeds:
+        assert all(torch.equal(a, b) for a, b in zip(first, run(seed), strict=True)), seed

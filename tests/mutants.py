@@ -23,16 +23,29 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
 
-# Driver -> the test module whose catch() tries it, and the headers only it exercises.
+
+@dataclass(frozen=True)
+class Driver:
+    """Who tries the faults of some kernels: the test module with their ``catch()``, the headers
+    that only it exercises, and the program of emulation.PROGRAMS for what catch() lets pass."""
+
+    module: str
+    headers: tuple[str, ...] = ()
+    program: str = ""
+
+
 DRIVERS = {
-    "primitives": ("test_emulated_primitives", ()),
-    "group_norm_silu": ("test_emulated_group_norm", ("cuda/group_norm_silu.cuh",)),
-    "layer_norm_modulate": ("test_emulated_layer_norm", ("cuda/layer_norm_modulate.cuh",)),
-    "patch_embed": (
+    "primitives": Driver("test_emulated_primitives"),
+    "group_norm_silu": Driver("test_emulated_group_norm", ("cuda/group_norm_silu.cuh",)),
+    "layer_norm_modulate": Driver(
+        "test_emulated_layer_norm", ("cuda/layer_norm_modulate.cuh",), "sanitized_rows"
+    ),
+    "patch_embed": Driver(
         "test_emulated_patch_embed",
         ("cuda/patch_embed.cuh", "cuda/patch_embed_bwd.cuh"),
+        "sanitized_rows",
     ),
-    "flash_attention": (
+    "flash_attention": Driver(
         "test_emulated_attention",
         (
             "attention/mainloop.cuh",
@@ -40,11 +53,16 @@ DRIVERS = {
             "attention/backward.cuh",
             "attention/bias_gradient.cuh",
         ),
+        "sanitized_attention",
     ),
-    "hopper_attention": ("test_emulated_hopper_attention", ("attention/hopper_forward.cuh",)),
-    "structured_bias": ("test_emulated_structured_bias", ("attention/structured_bias.cuh",)),
-    "window_attention": ("test_emulated_window_attention", ()),
-    "dilated_attention": ("test_emulated_dilated_attention", ()),
+    "hopper_attention": Driver(
+        "test_emulated_hopper_attention", ("attention/hopper_forward.cuh",), "sanitized_hopper"
+    ),
+    "structured_bias": Driver(
+        "test_emulated_structured_bias", ("attention/structured_bias.cuh",), "sanitized_maps"
+    ),
+    "window_attention": Driver("test_emulated_window_attention", (), "sanitized_maps"),
+    "dilated_attention": Driver("test_emulated_dilated_attention", (), "sanitized_maps"),
 }
 BARRIERS = ("__syncthreads();", "__syncwarp();")
 
@@ -323,14 +341,9 @@ SILENT: list[tuple[str, str, Mutant]] = [
 ]
 
 
-def of(driver: str) -> list[Mutant]:
-    """The mutants of a driver that ``make test`` runs."""
-    return [m for m in TABLE[driver] if m.always]
-
-
 def barriers(driver: str) -> Iterator[Mutant]:
     """One mutant for every barrier of the headers that only this driver exercises."""
-    for header in DRIVERS[driver][1]:
+    for header in DRIVERS[driver].headers:
         text = (CSRC / header).read_text()
         for barrier in BARRIERS:
             for nth in range(text.count(barrier)):
@@ -344,9 +357,9 @@ def barriers(driver: str) -> Iterator[Mutant]:
 
 def caught_by(driver: str, mutant: Mutant) -> str | None:
     """What the first failing check said of the mutant, None if none failed."""
-    from emulation import mutated
+    from emulation import finding, mutated
 
-    module = importlib.import_module(DRIVERS[driver][0])
+    module = importlib.import_module(DRIVERS[driver].module)
     with tempfile.TemporaryDirectory() as folder:
         csrc = mutated(Path(folder), mutant.old, mutant.new, mutant.header, mutant.nth)
         try:
@@ -355,8 +368,8 @@ def caught_by(driver: str, mutant: Mutant) -> str | None:
             return str(error).strip().split("\n")[0] or "assertion"
         except subprocess.CalledProcessError:
             return None  # does not compile: says nothing about the tests
-        silent = getattr(module, "catch_silent", None)
-        return silent(csrc) if silent else None
+        program = DRIVERS[driver].program
+        return finding(program, csrc) if program else None
 
 
 def verdict_of(driver: str, mutant: Mutant) -> str | None:
@@ -382,7 +395,7 @@ def main() -> int:
     missed = 0
     for driver in options.drivers:
         silent = [m for *_, m in SILENT] if driver == "flash_attention" else []
-        importlib.import_module(DRIVERS[driver][0])  # once, not in every process
+        importlib.import_module(DRIVERS[driver].module)  # once, not in every process
         for mutant in [*TABLE[driver], *silent, *barriers(driver)]:
             if options.k not in mutant.name:
                 continue

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import shutil
-import subprocess
 
 import pytest
 import torch
+from browser import assert_readable, on_a_phone
 
 from vitkit.benchmarks import compare, own, plots, report, run
 from vitkit.benchmarks.harness import Case, Row, modelled
@@ -186,34 +185,6 @@ def test_the_page_is_self_contained_and_shows_every_row():
     assert "#0102" not in text and "vitkit, modelled" in text
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open the page in")
-@pytest.mark.parametrize(("scheme", "bright"), [(1, True), (0, False)], ids=["light", "dark"])
-def test_a_browser_shows_the_page_on_a_phone(tmp_path, scheme, bright):
-    """Nothing is wider than the screen, and the colours follow the reader's."""
-    from PIL import Image
-
-    width = 500  # the narrowest window of a headless Chromium
-    probe = "<script>document.title = document.documentElement.scrollWidth</script>"
-    (tmp_path / "page.html").write_text(page().replace("</body>", f"{probe}</body>"))
-    command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
-        "--hide-scrollbars", f"--blink-settings=preferredColorScheme={scheme}",
-    ]  # fmt: skip
-    url = (tmp_path / "page.html").as_uri()
-    shot = tmp_path / "page.png"
-    subprocess.run([*command, f"--screenshot={shot}", url], check=True, timeout=120,
-                   capture_output=True)  # fmt: skip
-    with Image.open(shot) as image:
-        pixels = image.convert("L")
-        assert (pixels.getpixel((2, 2)) > 200) == bright
-        assert len(pixels.getcolors(256)) > 20, "the page is blank"
-    if not bright:  # its width is the same
-        return
-    dom = subprocess.run([*command, "--dump-dom", url], check=True, timeout=120,
-                         capture_output=True, text=True).stdout  # fmt: skip
-    assert int(re.search(r"<title>(\d+)</title>", dom).group(1)) <= width
+@on_a_phone
+def test_a_browser_shows_the_page_on_a_phone(tmp_path, bright):
+    assert_readable(page(), bright, tmp_path)

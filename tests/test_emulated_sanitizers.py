@@ -1,13 +1,13 @@
-"""Structured biases, windows and segments of slots on the emulator, under sanitizers."""
+"""The emulated kernels under sanitizers, in programs with memory of exact size."""
 
 from __future__ import annotations
 
 import pytest
-from emulated_attention import ONE_KERNEL
-from emulation import SANITIZERS, sanitized
+from emulation import PROGRAMS, SANITIZERS, sanitized
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_emulated_maps_under_sanitizers(sanitizer):
-    code, output = sanitized("sanitized_maps", sanitizer, flags=ONE_KERNEL)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_emulated_under_sanitizers(program, sanitizer):
+    code, output = sanitized(program, sanitizer)
     assert code == 0 and "done" in output and "Sanitizer" not in output, output[-4000:]

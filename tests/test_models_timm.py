@@ -102,17 +102,24 @@ def test_full_configuration_is_timms(name):
                 assert tuple(a.shift_size) == b.attn.shift_size
 
 
+def encoder_options(c):
+    """What all of timm's transformers take."""
+    return {
+        "img_size": c.image_size,
+        "patch_size": c.patch_size,
+        "embed_dim": c.dim,
+        "depth": c.depth,
+        "num_heads": c.num_heads,
+        "mlp_ratio": (c.mlp_hidden + 0.5) / c.dim,
+        "init_values": c.layer_scale,
+    }
+
+
 def vit_host(c, **options):
     gated = SWIGLU if c.mlp == "swiglu" else {}
     pools = {"token": "token", "map": "map", "mean": "avg", "token_mean": "", "none": ""}
     return VisionTransformer(
-        img_size=c.image_size,
-        patch_size=c.patch_size,
-        embed_dim=c.dim,
-        depth=c.depth,
-        num_heads=c.num_heads,
-        mlp_ratio=(c.mlp_hidden + 0.5) / c.dim,
-        init_values=c.layer_scale,
+        **encoder_options(c),
         class_token=c.class_token,
         reg_tokens=c.registers,
         no_embed_class=not c.prefix_positions,
@@ -164,7 +171,7 @@ def test_vit_with_the_norm_after_the_pool():
     def call(model, cast):
         return run(model, cast, images(ours.config.image_size))
 
-    assert_loads_and_agrees(ours, vit_host(ours.config), call, call)
+    assert_loads_and_agrees(ours, vit_host(ours.config), call)
 
 
 @pytest.mark.parametrize("name", ["dinov3_b16", "dinov3_h16_plus"])
@@ -172,16 +179,10 @@ def test_dinov3(name):
     ours = create(name, reduced=True)
     c = ours.config
     host = Eva(
-        img_size=c.image_size,
-        patch_size=c.patch_size,
-        embed_dim=c.dim,
-        depth=c.depth,
-        num_heads=c.num_heads,
-        mlp_ratio=(c.mlp_hidden + 0.5) / c.dim,
+        **encoder_options(c),
         swiglu_mlp=c.mlp == "swiglu",
         swiglu_align_to=8 if c.mlp == "swiglu" else 0,
         qkv_bias=False,
-        init_values=c.layer_scale,
         rope_type="dinov3",
         rope_temperature=c.theta,
         rope_rotate_half=True,
@@ -199,20 +200,14 @@ def test_dinov3(name):
         sizes = (c.image_size, (4 * c.patch_size, 2 * c.patch_size))
         return tuple(run(model, cast, images(s)) for s in sizes)
 
-    assert_loads_and_agrees(ours, host, call, call)
+    assert_loads_and_agrees(ours, host, call)
 
 
 def test_beit():
     ours = create("beit_b16", reduced=True, num_classes=5)
     c = ours.config
     host = Beit(
-        img_size=c.image_size,
-        patch_size=c.patch_size,
-        embed_dim=c.dim,
-        depth=c.depth,
-        num_heads=c.num_heads,
-        mlp_ratio=(c.mlp_hidden + 0.5) / c.dim,
-        init_values=c.layer_scale,
+        **encoder_options(c),
         use_abs_pos_emb=False,
         use_rel_pos_bias=True,
         num_classes=5,
@@ -222,7 +217,7 @@ def test_beit():
     def call(model, cast):
         return run(model, cast, images(c.image_size))
 
-    assert_loads_and_agrees(ours, host, call, call)
+    assert_loads_and_agrees(ours, host, call)
 
 
 def swin_host(c, **options):
@@ -282,7 +277,7 @@ def test_swin(name, options):
     def call(model, cast):
         return run(model, cast, images(c.image_size))
 
-    assert_loads_and_agrees(ours, swin_host(c, **more), call, call)
+    assert_loads_and_agrees(ours, swin_host(c, **more), call)
 
 
 class Pooler(torch.nn.Module):

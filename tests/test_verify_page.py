@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shutil
-import subprocess
 
-import pytest
+from browser import assert_readable, on_a_phone
 
 from vitkit._numerics import Parity
 from vitkit.layer_errors import LayerError
@@ -68,31 +66,6 @@ def test_nothing_replaced_makes_no_plot():
     assert "Nothing to verify" in text and "<svg" not in text
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open the page in")
-@pytest.mark.parametrize(("scheme", "bright"), [(1, True), (0, False)], ids=["light", "dark"])
-def test_a_browser_shows_the_page_on_a_phone(tmp_path, scheme, bright):
-    """Nothing is wider than the screen, and the colours follow the reader's."""
-    from PIL import Image
-
-    width = 500  # the narrowest window of a headless Chromium
-    probe = "<script>document.title = document.documentElement.scrollWidth</script>"
-    text = render(ASKED, found(), layers(), "2x3x8x8").replace("</body>", f"{probe}</body>")
-    (tmp_path / "page.html").write_text(text)
-    shot = tmp_path / "page.png"
-    command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
-        "--hide-scrollbars", f"--blink-settings=preferredColorScheme={scheme}",
-        f"--screenshot={shot}", "--dump-dom", (tmp_path / "page.html").as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, check=True, timeout=120, capture_output=True, text=True)
-    with Image.open(shot) as image:
-        pixels = image.convert("L")
-        assert (pixels.getpixel((2, 2)) > 200) == bright
-        assert len(pixels.getcolors(256)) > 20, "the page is blank"
-    title = re.search(r"<title>(\d+)</title>", done.stdout)
-    assert title is not None and int(title.group(1)) <= width
+@on_a_phone
+def test_a_browser_shows_the_page_on_a_phone(tmp_path, bright):
+    assert_readable(render(ASKED, found(), layers(), "2x3x8x8"), bright, tmp_path)

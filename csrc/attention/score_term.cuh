@@ -11,15 +11,13 @@
 
 #include <stdint.h>
 
-#include "pack.cuh"
+#include "element.cuh"
 #include "token_map.cuh"
 
 namespace vitkit::attention {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-
-enum class Element : int { f32, bf16, f16, boolean };
 
 // For terms that have no gradient, or a kernel of their own for it.
 struct NoSink {

@@ -6,9 +6,12 @@
 
 namespace vitkit {
 
-enum class Element : int { f32, bf16, f16 };
+// boolean: only masks.
+enum class Element : int { f32, bf16, f16, boolean };
 
-inline int bytes_of(Element element) { return element == Element::f32 ? 4 : 2; }
+inline int bytes_of(Element element) {
+  return element == Element::f32 ? 4 : element == Element::boolean ? 1 : 2;
+}
 
 // f(null pointer of the element's type).
 template <typename F>

@@ -14,7 +14,8 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace vitkit {
 
-inline Element element_of(const char* op, const char* arg, const Tensor& t) {
+// bool is one of them only where the kernel takes a mask.
+inline Element element_of(const char* op, const char* arg, const Tensor& t, bool mask = false) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return Element::f32;
@@ -22,8 +23,12 @@ inline Element element_of(const char* op, const char* arg, const Tensor& t) {
       return Element::bf16;
     case ScalarType::Half:
       return Element::f16;
+    case ScalarType::Bool:
+      if (mask) return Element::boolean;
+      [[fallthrough]];
     default:
-      STD_TORCH_CHECK(false, op, ": ", arg, " must be float32, bfloat16 or float16");
+      STD_TORCH_CHECK(false, op, ": ", arg, " must be float32, bfloat16 or float16",
+                      mask ? ", or bool" : "");
   }
 }
 

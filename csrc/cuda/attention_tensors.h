@@ -8,23 +8,9 @@
 #include "attention/hopper_rule.h"
 #include "attention/mainloop.cuh"
 #include "check.h"
+#include "launch.h"
 
 namespace vitkit::attention {
-
-inline Element element_of(const char* op, const char* arg, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Element::f32;
-    case ScalarType::BFloat16:
-      return Element::bf16;
-    case ScalarType::Half:
-      return Element::f16;
-    case ScalarType::Bool:
-      return Element::boolean;
-    default:
-      STD_TORCH_CHECK(false, op, ": ", arg, " must be float32, bfloat16, float16 or bool");
-  }
-}
 
 inline int as_int(const char* op, const char* what, int64_t value) {
   STD_TORCH_CHECK(value <= std::numeric_limits<int>::max(), op, ": ", what,

@@ -47,7 +47,7 @@ struct DenseBias {
       strides[size_t(at)] = bias->size(d) == 1 ? 0 : bias->stride(d);
     }
     term = {bias->const_data_ptr(),
-            element_of(kOp, "bias", *bias),
+            element_of(kOp, "bias", *bias, true),
             strides[0],
             strides[1],
             strides[2],

@@ -3,12 +3,12 @@ absolute ones."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from vitkit.models.layers import init_weights, narrow, token_parameter
+from vitkit.models.layers import ImageModel, init_weights, narrow_encoder, token_parameter
 from vitkit.models.registry import Entry, Family
 from vitkit.nn import LayerNorm, Mlp, PatchEmbed, attend, gated_residual
 
@@ -33,15 +33,7 @@ class BEiTConfig:
     eps: float = 1e-6
 
     def reduced(self) -> BEiTConfig:
-        dim = 2 * self.dim // self.num_heads
-        return replace(
-            self,
-            image_size=3 * self.patch_size,
-            dim=dim,
-            depth=2,
-            num_heads=2,
-            mlp_hidden=narrow(self.mlp_hidden, self.dim, dim),
-        )
+        return narrow_encoder(self)
 
 
 def relative_index(side: int) -> torch.Tensor:
@@ -93,7 +85,7 @@ class Block(torch.nn.Module):
         return gated_residual(self, x, self.mlp(self.norm2(x)), self.gamma_2)
 
 
-class BEiT(torch.nn.Module):
+class BEiT(ImageModel):
     """Images [B, 3, H, W] to logits [B, num_classes], or the mean of the patches [B, E]."""
 
     relative_position_index: torch.Tensor
@@ -115,11 +107,6 @@ class BEiT(torch.nn.Module):
         for block in self.blocks:
             x = block(x, self.relative_position_index)
         return self.head(self.fc_norm(x[:, 1:].mean(1)))
-
-    def example_inputs(self, batch: int = 1) -> tuple[torch.Tensor, ...]:
-        """Random images of the configuration's size."""
-        size = self.config.image_size
-        return (torch.randn(batch, 3, size, size),)
 
 
 LARGE = BEiTConfig(dim=1024, depth=24, num_heads=16, mlp_hidden=4096, layer_scale=1e-5)

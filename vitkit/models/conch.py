@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from vitkit.models.layers import ImageModel
 from vitkit.models.registry import Entry, Family
 from vitkit.models.vit import VisionTransformer, ViTConfig
 from vitkit.nn import LayerNorm, MultiheadAttention, attend
@@ -84,7 +85,7 @@ class CONCHConfig:
         )
 
 
-class CONCH(torch.nn.Module):
+class CONCH(ImageModel):
     """Images [B, 3, H, W] to features [B, dim], before the projection of the contrastive loss."""
 
     def __init__(self, config: CONCHConfig) -> None:
@@ -115,11 +116,6 @@ class CONCH(torch.nn.Module):
     def caption_tokens(self, images: torch.Tensor) -> torch.Tensor:
         """Tokens [B, caption_queries, trunk.dim] for a text decoder."""
         return self.ln_caption(self.attn_pool_caption(self.trunk.forward_features(images)))
-
-    def example_inputs(self, batch: int = 1) -> tuple[torch.Tensor, ...]:
-        """Random images of the configuration's size."""
-        size = self.config.image_size
-        return (torch.randn(batch, 3, size, size),)
 
 
 FAMILY = Family(

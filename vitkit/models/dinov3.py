@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vitkit.models.layers import init_weights, make_mlp, narrow, token_parameter
+from vitkit.models.layers import ImageModel, init_weights, make_mlp, narrow_encoder, token_parameter
 from vitkit.models.registry import Entry, Family
 from vitkit.nn import (
     LayerNorm,
@@ -46,15 +46,7 @@ class DINOv3Config:
     eps: float = 1e-5
 
     def reduced(self) -> DINOv3Config:
-        dim = 2 * self.dim // self.num_heads
-        return replace(
-            self,
-            image_size=3 * self.patch_size,
-            dim=dim,
-            depth=2,
-            num_heads=2,
-            mlp_hidden=narrow(self.mlp_hidden, self.dim, dim),
-        )
+        return narrow_encoder(self)
 
 
 class RotaryAttention(torch.nn.Module):
@@ -90,7 +82,7 @@ class Block(torch.nn.Module):
         return gated_residual(self, x, self.mlp(self.norm2(x)), self.gamma_2)
 
 
-class DINOv3(torch.nn.Module):
+class DINOv3(ImageModel):
     """Images [B, 3, H, W] to the class token [B, E]."""
 
     def __init__(self, config: DINOv3Config) -> None:
@@ -116,11 +108,6 @@ class DINOv3(torch.nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.forward_features(images)[:, 0]
-
-    def example_inputs(self, batch: int = 1) -> tuple[torch.Tensor, ...]:
-        """Random images of the configuration's size."""
-        size = self.config.image_size
-        return (torch.randn(batch, 3, size, size),)
 
 
 S = DINOv3Config(dim=384, num_heads=6, mlp_hidden=1536)

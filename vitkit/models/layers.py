@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 
 from vitkit.nn import Attention, LayerNorm, LayerScale, Mlp, SwiGLUPacked
+
+Config = TypeVar("Config")
+
+
+class ImageModel(torch.nn.Module):
+    """A model of images of ``config.image_size``."""
+
+    config: Any
+
+    def example_inputs(self, batch: int = 1) -> tuple[torch.Tensor, ...]:
+        """Random images of the configuration's size."""
+        size = self.config.image_size
+        return (torch.randn(batch, 3, size, size),)
 
 
 class Add(torch.nn.Module):
@@ -129,3 +144,12 @@ def timestep_embedding(
 def narrow(hidden: int, dim: int, new_dim: int) -> int:
     """The width of an MLP of a model made narrower: the same ratio, a multiple of 16."""
     return max(16, hidden * new_dim // dim // 16 * 16)
+
+
+def narrow_encoder(config: Config) -> Config:
+    """``config`` of a transformer with two layers of two heads on nine patches: its heads, patches
+    and the ratio of its MLP stay."""
+    c: Any = config
+    dim = 2 * c.dim // c.num_heads
+    hidden = narrow(c.mlp_hidden, c.dim, dim)
+    return replace(c, image_size=3 * c.patch_size, dim=dim, depth=2, num_heads=2, mlp_hidden=hidden)

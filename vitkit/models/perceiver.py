@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vitkit.models.layers import init_weights
+from vitkit.models.layers import ImageModel, init_weights
 from vitkit.models.registry import Entry, Family
 from vitkit.nn import LayerNorm, attend, gelu
 
@@ -160,7 +160,7 @@ class _Model(torch.nn.Module):
         return self.decoder["decoder"](self.encoder(latents, pixels))
 
 
-class Perceiver(torch.nn.Module):
+class Perceiver(ImageModel):
     """Images [B, 3, H, W] to logits [B, num_classes]."""
 
     def __init__(self, config: PerceiverConfig) -> None:
@@ -183,11 +183,6 @@ class Perceiver(torch.nn.Module):
         b, _, height, width = images.shape
         positions = self.positions(height, width, images).expand(b, -1, -1)
         return self.perceiver(torch.cat([images.flatten(2).transpose(1, 2), positions], -1))
-
-    def example_inputs(self, batch: int = 1) -> tuple[torch.Tensor, ...]:
-        """Random images of the configuration's size."""
-        size = self.config.image_size
-        return (torch.randn(batch, 3, size, size),)
 
 
 FAMILY = Family(

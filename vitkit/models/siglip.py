@@ -3,11 +3,11 @@ MedGemma publish it. ``siglip_*`` of :mod:`vitkit.models.vit` is the same networ
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from vitkit.models.layers import init_weights, narrow
+from vitkit.models.layers import ImageModel, init_weights, narrow_encoder
 from vitkit.models.registry import Entry, Family
 from vitkit.nn import LayerNorm, Mlp, MultiheadAttention, attend, patch_embed
 
@@ -30,15 +30,7 @@ class SigLIPConfig:
     eps: float = 1e-6
 
     def reduced(self) -> SigLIPConfig:
-        dim = 2 * self.dim // self.num_heads
-        return replace(
-            self,
-            image_size=3 * self.patch_size,
-            dim=dim,
-            depth=2,
-            num_heads=2,
-            mlp_hidden=narrow(self.mlp_hidden, self.dim, dim),
-        )
+        return narrow_encoder(self)
 
 
 class SelfAttention(torch.nn.Module):
@@ -110,7 +102,7 @@ class PoolingHead(torch.nn.Module):
         return (x + self.mlp(self.layernorm(x)))[:, 0]
 
 
-class SigLIP(torch.nn.Module):
+class SigLIP(ImageModel):
     """Images [B, 3, H, W] to features [B, E] with a head, tokens [B, N, E] without."""
 
     def __init__(self, config: SigLIPConfig) -> None:
@@ -125,11 +117,6 @@ class SigLIP(torch.nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.post_layernorm(self.encoder(self.embeddings(images)))
         return x if self.head is None else self.head(x)
-
-    def example_inputs(self, batch: int = 1) -> tuple[torch.Tensor, ...]:
-        """Random images of the configuration's size."""
-        size = self.config.image_size
-        return (torch.randn(batch, 3, size, size),)
 
 
 FAMILY = Family(

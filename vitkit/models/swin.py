@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from vitkit.models.layers import init_weights
+from vitkit.models.layers import ImageModel, init_weights
 from vitkit.models.registry import Entry, Family
 from vitkit.nn import LayerNorm, Mlp, PatchEmbed, WindowAttention, WindowAttentionV2
 
@@ -151,7 +151,7 @@ class Head(torch.nn.Module):
         return self.fc(x.mean((1, 2)))
 
 
-class SwinTransformer(torch.nn.Module):
+class SwinTransformer(ImageModel):
     """Images [B, 3, H, W] to logits [B, num_classes], or features [B, E]."""
 
     def __init__(self, config: SwinConfig) -> None:
@@ -177,11 +177,6 @@ class SwinTransformer(torch.nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.head(self.forward_features(images))
-
-    def example_inputs(self, batch: int = 1) -> tuple[torch.Tensor, ...]:
-        """Random images of the configuration's size."""
-        size = self.config.image_size
-        return (torch.randn(batch, 3, size, size),)
 
 
 T = SwinConfig()

@@ -12,8 +12,9 @@ import torch
 
 from vitkit.models.layers import (
     Block,
+    ImageModel,
     init_weights,
-    narrow,
+    narrow_encoder,
     resample_positions,
     token_parameter,
 )
@@ -70,18 +71,10 @@ class ViTConfig:
         return self.class_token + self.registers
 
     def reduced(self) -> ViTConfig:
-        dim = 2 * self.dim // self.num_heads
-        return replace(
-            self,
-            image_size=3 * self.patch_size,
-            dim=dim,
-            depth=2,
-            num_heads=2,
-            mlp_hidden=narrow(self.mlp_hidden, self.dim, dim),
-        )
+        return narrow_encoder(self)
 
 
-class VisionTransformer(torch.nn.Module):
+class VisionTransformer(ImageModel):
     """Images [B, 3, H, W] to features [B, E] (or tokens [B, N, E], or logits)."""
 
     def __init__(self, config: ViTConfig) -> None:
@@ -155,11 +148,6 @@ class VisionTransformer(torch.nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.head(self.fc_norm(self.pool(self.forward_features(images))))
-
-    def example_inputs(self, batch: int = 1) -> tuple[torch.Tensor, ...]:
-        """Random images of the configuration's size."""
-        size = self.config.image_size
-        return (torch.randn(batch, 3, size, size),)
 
 
 S = ViTConfig(dim=384, num_heads=6, mlp_hidden=1536)

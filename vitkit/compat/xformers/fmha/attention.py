@@ -55,8 +55,9 @@ def memory_efficient_attention(
         >>> memory_efficient_attention(tokens, tokens, tokens, attn_bias=mask).shape
         torch.Size([1, 17, 3, 16])
     """
-    out, _ = _attend(query, key, value, attn_bias, p, scale)
-    return out if output_dtype is None else out.to(output_dtype)
+    return memory_efficient_attention_forward_requires_grad(
+        query, key, value, attn_bias, p, scale, output_dtype=output_dtype
+    )[0]
 
 
 def memory_efficient_attention_forward(
