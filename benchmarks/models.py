@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from vitkit import doctor
+from vitkit.example_inputs import shapes_of
 from vitkit.model_specs import without_zeros
 from vitkit.models import create, list_models
 from vitkit.models.__main__ import parameters
@@ -28,6 +29,7 @@ from vitkit.verification import AFTER, BEFORE, Verification
 from vitkit.verify import verify
 
 from .cases.models import MODELS, Inputs
+from .run import current_commit
 
 RESULTS = Path(__file__).parent / "results"
 HOSTS = {m.name: m for m in MODELS}
@@ -78,9 +80,7 @@ def measure(name: str, seconds: float, clock: str = "wall") -> dict[str, Any]:
     """The row of a model."""
     model, (args, kwargs) = _make(name)
     result = verify(model.eval(), *args, seconds=seconds, clock=CLOCKS[clock], **kwargs)
-    tensors = torch.utils._pytree.tree_leaves((args, kwargs))
-    shapes = ["x".join(map(str, t.shape)) or "1" for t in tensors if isinstance(t, torch.Tensor)]
-    return _row(result, ", ".join(shapes))
+    return _row(result, shapes_of((args, kwargs)))
 
 
 def _row(result: Verification, shapes: str) -> dict[str, Any]:
@@ -182,19 +182,12 @@ def run(options: argparse.Namespace) -> int:
             continue
         started = time.time()
         row = attempt(name, counts[name], options)
-        row |= {"commit": _commit(), "date": time.strftime("%Y-%m-%d", time.gmtime())}
+        row |= {"commit": current_commit(), "date": time.strftime("%Y-%m-%d", time.gmtime())}
         data["rows"][name] = row
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
         print(f"{describe(name, row)} ({time.time() - started:.0f} s)", flush=True)
     return int(any(not data["rows"][n].get("ok", True) for n in names))
-
-
-def _commit() -> str | None:
-    here = Path(__file__).parent
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, cwd=here, capture_output=True, text=True)
-    return done.stdout.strip() or None
 
 
 # ---- what docs/models.md shows ----

@@ -108,16 +108,19 @@ def in_turns(cases: Sequence[Case]) -> list[Case]:
     return [cases[i] for i in order]
 
 
+def current_commit() -> str | None:
+    """Of the source tree this runs from, None outside of one."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
 def environment(device: str, roofline: Roofline, cache: str = "warm") -> dict[str, Any]:
     """Hardware, versions and commit: what a stored row means nothing without. On a CPU also what
     calling an op costs before its kernel does any work."""
     from vitkit import doctor
 
     facts = doctor.info()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent, capture_output=True, text=True,
-    )  # fmt: skip
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else doctor.cpu_name(),
         "cpu_isa": facts["cpu_isa"],
@@ -128,7 +131,7 @@ def environment(device: str, roofline: Roofline, cache: str = "warm") -> dict[st
         "torch": torch.__version__,
         "triton": facts["libraries"]["triton"],
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() or None,
+        "commit": current_commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "cache": cache,
         "gemm_gflops": roofline.gemm_gflops,

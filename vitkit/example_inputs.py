@@ -15,6 +15,14 @@ TEXT_TOKENS = 77
 TEXT_WIDTHS = ("caption_channels", "joint_attention_dim", "cross_attention_dim")
 
 
+def shapes_of(inputs: Any) -> str:
+    """Of all tensors in arguments of a call: ``"1x3x224x224, 1"``."""
+    tensors = torch.utils._pytree.tree_leaves(inputs)
+    return ", ".join(
+        "x".join(map(str, t.shape)) or "1" for t in tensors if isinstance(t, torch.Tensor)
+    )
+
+
 def example_inputs(
     model: torch.nn.Module, shape: tuple[int, ...] | None = None, batch: int = 1
 ) -> Inputs:

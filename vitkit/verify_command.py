@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vitkit._switch import Switch
-from vitkit.example_inputs import Inputs, example_inputs
+from vitkit.example_inputs import Inputs, example_inputs, shapes_of
 from vitkit.layer_errors import layer_errors
 from vitkit.model_specs import build_model, parse_options, parse_shape
 from vitkit.patch import Report, patch
@@ -71,11 +71,10 @@ def run(asked: Asked, page: Path | None = None) -> Verification:
         if not steps or str(error).startswith("verify: "):
             raise Refused(str(error)) from error
         if steps[-1] == "unpatched run":
-            shapes = ", ".join(_shapes((args, kwargs)))
             first = str(error).strip().split("\n")[0]
             raise Refused(
-                f"{asked.spec} does not run, unpatched, on inputs {shapes} ({first}); give --shape,"
-                " or a callable that returns (model, inputs)"
+                f"{asked.spec} does not run, unpatched, on inputs {shapes_of((args, kwargs))}"
+                f" ({first}); give --shape, or a callable that returns (model, inputs)"
             ) from error
         raise
     if page is not None:
@@ -84,15 +83,9 @@ def run(asked: Asked, page: Path | None = None) -> Verification:
         model.train(False)
         terms = longest_sum(model)
         layers = layer_errors(model, *args, backend=asked.backend, terms=terms, **kwargs)
-        shapes = ", ".join(_shapes((args, kwargs)))
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(render(asked, result, layers, shapes))
+        page.write_text(render(asked, result, layers, shapes_of((args, kwargs))))
     return result
-
-
-def _shapes(inputs: Any) -> list[str]:
-    tensors = torch.utils._pytree.tree_leaves(inputs)
-    return ["x".join(map(str, t.shape)) or "1" for t in tensors if isinstance(t, torch.Tensor)]
 
 
 def _made(asked: Asked, inputs: bool = True) -> tuple[torch.nn.Module, Inputs]:
