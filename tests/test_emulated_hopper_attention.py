@@ -123,8 +123,18 @@ def test_emulated_hopper_thread_order_changes_nothing(library, head_dim):
 
 def catch(csrc):
     """Raises AssertionError if the kernels in ``csrc`` are broken."""
-    broken = load(emulated("hopper_attention", csrc=csrc, flags=("-shared", *one_kernel(64))), Call)
-    for name in ("bf16_ragged_eight_steps", "causal"):
+    _try(csrc, 64, ("bf16_ragged_eight_steps", "causal"))
+
+
+def catch_panels(csrc):
+    """The same for rows that are longer than a swizzled line."""
+    _try(csrc, 80, ("bf16_head_dim_80_heads_first",))
+
+
+def _try(csrc, head_dim, cases):
+    flags = ("-shared", *one_kernel(head_dim))
+    broken = load(emulated("hopper_attention", csrc=csrc, flags=flags), Call)
+    for name in cases:
         arguments, options = CASES[name]
         for seed in (1, 2):
             check(broken, make(BF16, *arguments[1:]), **options, seed=seed)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from vitkit.models.layers import ImageModel, init_weights, narrow_encoder, token_parameter
 from vitkit.models.registry import Entry, Family
 from vitkit.nn import LayerNorm, Mlp, PatchEmbed, attend, gated_residual
+from vitkit.nn.products import linear
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class BiasedAttention(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias)
+        qkv = linear(self, x, self.qkv.weight, bias)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         scores = self.relative_position_bias_table[index].permute(2, 0, 1)  # [H, N, N]
         return self.proj(attend(self, q, k, v, scores[None].to(q.dtype)).flatten(2))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from vitkit.nn.attention import _head_dim
 from vitkit.nn.functional import attend
+from vitkit.nn.products import linear
 
 
 class MultiheadAttention(torch.nn.Module):
@@ -69,7 +69,7 @@ def attend_heads(
 ) -> torch.Tensor:
     """What ``torch.nn.MultiheadAttention`` computes before its output projection: [B, Nq, E]"""
     if query is key and key is value and m.in_proj_weight is not None:
-        qkv = F.linear(query, m.in_proj_weight, m.in_proj_bias)
+        qkv = linear(m, query, m.in_proj_weight, m.in_proj_bias)
         q, k, v = qkv.unflatten(-1, (3, m.num_heads, -1)).unbind(2)
         return attend(m, q, k, v, mask, causal).flatten(2)
     if m.in_proj_weight is not None:
@@ -78,7 +78,7 @@ def attend_heads(
         weights = (m.q_proj_weight, m.k_proj_weight, m.v_proj_weight)
     biases = (None,) * 3 if m.in_proj_bias is None else m.in_proj_bias.chunk(3)
     q, k, v = (
-        F.linear(t, w, b).unflatten(-1, (m.num_heads, -1))
+        linear(m, t, w, b).unflatten(-1, (m.num_heads, -1))
         for t, w, b in zip((query, key, value), weights, biases, strict=True)
     )
     return attend(m, q, k, v, mask, causal).flatten(2)

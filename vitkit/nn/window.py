@@ -7,9 +7,9 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from vitkit.nn.attention import _head_dim
+from vitkit.nn.products import linear
 from vitkit.ops import window_attention as _op
 
 Pair = tuple[int, int]
@@ -201,7 +201,7 @@ def cosine_window_self_attention(
     """The forward of :class:`WindowAttentionV2` on the backend of ``module``."""
     out = attend_windows(
         module,
-        F.linear(x, m.qkv.weight, bias),
+        linear(m, x, m.qkv.weight, bias),
         m.num_heads,
         window_size,
         shift_size,

@@ -111,7 +111,8 @@ class _Survey:
         found = reason or rule.plan(module)
         if not isinstance(found, Replacement):
             return found
-        return self.why_no_kernel(module, rule.op) or found
+        reason = None if rule.op is None else self.why_no_kernel(module, rule.op)
+        return reason or found
 
     def _plan_own(self, module: torch.nn.Module) -> Replacement | None:
         """A module of vitkit's own is on kernels already, unless it was made for another backend

@@ -43,7 +43,7 @@ class Rule:
 
     Args:
         cls: the class, exactly: a subclass may compute something else and is left with that reason.
-        op: the vitkit op the replacement needs.
+        op: the vitkit op the replacement needs, None if it needs none.
         plan: takes such a module, returns a Replacement, the reason there is none, or None if the
             module is of no concern after all.
         repeats: the host's functions whose computation the replacement repeats, each with the
@@ -52,7 +52,7 @@ class Rule:
     """
 
     cls: type
-    op: str
+    op: str | None
     plan: Callable[[Any], Replacement | str | None]
     repeats: tuple[tuple[Callable[..., Any], dict[str, str]], ...] = ()
     applies: Callable[[torch.nn.Module], bool] | None = None

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import linear
 
 from vitkit import nn
+from vitkit.nn import products
 from vitkit.nn.multihead import attend_heads
 from vitkit.patch.rules import Replacement, Rule, swap_class
 
@@ -43,7 +43,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             key, value = (query, query) if same else (key, value)
         mask = None if causal else self._mask(query, attn_mask, key_padding_mask)
         out = attend_heads(self, query, key, value, mask, causal)
-        out = linear(out, self.out_proj.weight, self.out_proj.bias)
+        out = products.linear(self, out, self.out_proj.weight, self.out_proj.bias)
         return out if self.batch_first else out.transpose(0, 1), None
 
     def _mask(self, query, attn_mask, key_padding_mask):
@@ -109,10 +109,28 @@ def _layer_norm(module: torch.nn.LayerNorm) -> Replacement | str:
     return Replacement("layer_norm_modulate (no modulation)", (swap_class(module, nn.LayerNorm),))
 
 
+def _in_float32(cls: type[torch.nn.Module], twin: type[torch.nn.Module]) -> Rule:
+    """For half precision where the machine has no instructions for it; no concern elsewhere."""
+
+    def applies(module: Any) -> bool:
+        if type(module) is not cls:
+            return False
+        return products.products_are_slow(module.weight.dtype, module.weight.device.type)
+
+    def plan(module: torch.nn.Module) -> Replacement:
+        return Replacement("products in float32", (swap_class(module, twin),))
+
+    return Rule(cls, None, plan, applies=applies)
+
+
 RULES = [
     Rule(torch.nn.GroupNorm, "group_norm_silu", _group_norm),
     Rule(torch.nn.GELU, "gelu", _gelu),
     Rule(torch.nn.LayerNorm, "layer_norm_modulate", _layer_norm),
     Rule(torch.nn.MultiheadAttention, "flash_attention", _multihead),
     Rule(torch.nn.TransformerEncoderLayer, "flash_attention", _encoder_layer),
+    _in_float32(torch.nn.Linear, products.Linear),
+    _in_float32(torch.nn.Conv1d, products.Conv1d),
+    _in_float32(torch.nn.Conv2d, products.Conv2d),
+    _in_float32(torch.nn.Conv3d, products.Conv3d),
 ]

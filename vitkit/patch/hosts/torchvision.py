@@ -8,6 +8,7 @@ import torch
 import torchvision.models.swin_transformer as swin
 
 from vitkit import nn
+from vitkit.nn.products import linear
 from vitkit.nn.window import attend_windows, is_ragged, swin_v2_table
 from vitkit.patch.rules import Replacement, Rule, swap_class
 
@@ -41,7 +42,7 @@ def _attend(
         0 if x.shape[2] <= window[1] else m.shift_size[1],
     )
     pad = None if bias is None or not is_ragged(x, window) else bias.view(3, m.num_heads, -1)
-    qkv = torch.nn.functional.linear(x, m.qkv.weight, bias)
+    qkv = linear(m, x, m.qkv.weight, bias)
     out = attend_windows(
         m,
         qkv,
@@ -52,7 +53,7 @@ def _attend(
         logit_scale=logit_scale,
         pad_value=pad,
     )
-    return torch.nn.functional.linear(out, m.proj.weight, m.proj.bias)
+    return linear(m, out, m.proj.weight, m.proj.bias)
 
 
 class ShiftedWindowAttention(swin.ShiftedWindowAttention):
