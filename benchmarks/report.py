@@ -2,7 +2,7 @@
 
 ``python -m vitkit.benchmarks.report results.json`` prints Markdown, ``--html FILE`` writes the
 page, ``--readme README.md`` rewrites its summary and ``--docs docs/benchmarks.md`` its tables, both
-between markers; ``--check`` fails if they would change.
+between markers; ``--check`` fails if they, or the page's words, would change.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.resources import files
@@ -213,6 +214,11 @@ def _places(ratios: Sequence[float]) -> Callable[[float], float]:
     return lambda ratio: 100 * math.log(ratio / low) / math.log(high / low)
 
 
+def _words(page: str) -> str:
+    """A page without its drawings, which another matplotlib may draw differently."""
+    return re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)
+
+
 def with_table(readme: str, table: str) -> str:
     """``readme`` with the text between the markers replaced."""
     if BEGIN not in readme or END not in readme:
@@ -230,9 +236,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--check", action="store_true", help="only compare")
     options = p.parse_args(arguments)
     facts, rows = load(options.results)
-    if options.html:
-        options.html.write_text(html(facts, rows))
     stale = False
+    if options.html:
+        text = html(facts, rows)
+        stale = not options.html.exists() or _words(text) != _words(options.html.read_text())
+        if not options.check:
+            options.html.write_text(text)
     for path, table in ((options.readme, summary), (options.docs, markdown)):
         if path is None:
             continue

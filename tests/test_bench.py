@@ -110,6 +110,12 @@ def test_readme_table_drift_is_detected(tmp_path):
     assert report.main([str(results), "--readme", str(readme), "--check"]) == 0
     assert report.main([str(results), "--docs", str(readme), "--check"]) == 1
     assert readme.read_text().startswith("before\n") and "toy" in readme.read_text()
+    page = tmp_path / "page.html"
+    found = [str(results), "--html", str(page)]
+    assert report.main([*found, "--check"]) == 1 and not page.exists()
+    assert report.main(found) == 0 and report.main([*found, "--check"]) == 0
+    page.write_text(page.read_text().replace("toy", "boy"))
+    assert report.main([*found, "--check"]) == 1
 
 
 def test_every_case_of_the_issue_is_there():
