@@ -132,7 +132,8 @@ CASES = {
     "halves_unaligned": (BF16, 3, 12, "gate_first"),
     "one_column": (F16, 5, 1, "gate_last"),
     "separate_with_a_tail": (BF16, 3, 7, None),
-    "several_blocks": (FLOAT, 1, 4099, None),
+    "rows_of_several_blocks": (F16, 70, 16, "gate_first"),
+    "columns_of_several_blocks": (FLOAT, 1, 4099, None),
 }
 
 

@@ -35,8 +35,10 @@ const char* emulated_forward(const ForwardParams* p, Activation activation, Elem
                              uint64_t seed) {
   return with_activation(activation, [&](auto which) {
     constexpr Activation kWhich = decltype(which)::value;
-    return p->value.data ? launch_forward<kWhich, true>(*p, element, {seed})
-                         : launch_forward<kWhich, false>(*p, element, {seed});
+    if (p->value.data) return launch_forward<kWhich, true>(*p, element, {seed});
+    if constexpr (kWhich != Activation::silu)  // which no op has alone
+      return launch_forward<kWhich, false>(*p, element, {seed});
+    return "no such op";
   });
 }
 
@@ -44,8 +46,10 @@ const char* emulated_backward(const BackwardParams* p, Activation activation, El
                               uint64_t seed) {
   return with_activation(activation, [&](auto which) {
     constexpr Activation kWhich = decltype(which)::value;
-    return p->value.data ? launch_backward<kWhich, true>(*p, element, {seed})
-                         : launch_backward<kWhich, false>(*p, element, {seed});
+    if (p->value.data) return launch_backward<kWhich, true>(*p, element, {seed});
+    if constexpr (kWhich != Activation::silu)  // which no op has alone
+      return launch_backward<kWhich, false>(*p, element, {seed});
+    return "no such op";
   });
 }
 
