@@ -91,6 +91,7 @@ PROGRAMS = {
     "sanitized_hopper": one_kernel(64),
     "sanitized_maps": one_kernel(32),  # windows, segments of slots, structured biases
     "sanitized_rows": (),  # patch_embed, layer_norm_modulate
+    "sanitized_tiles": (),  # gated_residual, swiglu, rope_2d
 }
 
 

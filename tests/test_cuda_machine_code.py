@@ -19,7 +19,8 @@ from vitkit import _library
 HOT = (
     "attention_fwd", "attention_bwd_dq", "attention_bwd_dkv", "attention_dbias_kernel",
     "layer_norm_fwd", "layer_norm_bwd", "patch_project", "patch_dweight", "patch_dimages",
-    "column_sums",
+    "column_sums", "gated_residual_fwd", "gated_residual_bwd", "gated_activation_fwd",
+    "gated_activation_bwd", "rope_2d_kernel",
 )  # fmt: skip
 # Disassembled, of one architecture: what most vision transformers use, and the path of float32.
 LOOKED_INTO = re.compile(r"attention_(?!fwd_hopper)\w+_kernelI(13__nv_bfloat16|f)Li64E")
@@ -124,6 +125,17 @@ def test_layer_norm_moves_16_bytes(library, usage):
         assert re.search(r"LDG\.E\.128", code) and re.search(r"STG\.E\.128", code), name
 
 
+def test_tiles_move_16_bytes(library, usage):
+    """Element by element ops: whole packs by 128-bit accesses, tails one by one."""
+    names = r"gated_residual_(fwd|bwd)|gated_activation_(fwd|bwd)|rope_2d"
+    pattern = re.compile(rf"({names})_kernelI(13__nv_bfloat16Li8|fLi4|13__nv_bfloat16Li4ELb1)E")
+    found = disassembled(library, usage, pattern)
+    # Forward and backward: gates of a residual; silu, both gelus, those alone. Layouts of rope.
+    assert len(found) == 2 * 2 + 2 * 2 * 5 + 3
+    for name, code in found.items():
+        assert re.search(r"LDG\.E\.128", code) and re.search(r"STG\.E\.128", code), name
+
+
 def test_an_op_with_a_forward_kernel_has_a_backward_kernel(library):
     """What backend="cuda" claims to run can be trained."""
     assert _library.native_error("_C_cuda") is None
@@ -132,7 +144,9 @@ def test_an_op_with_a_forward_kernel_has_a_backward_kernel(library):
     has = {n: torch._C._dispatch_has_kernel_for_dispatch_key(n, "CUDA") for n in ops}
     attention = ("flash_attention", "flash_attention_decomposed", "flash_attention_distance",
                  "window_attention", "dilated_attention")  # fmt: skip
-    for op in (*attention, "group_norm_silu", "layer_norm_modulate"):
+    activations = ("swiglu", "geglu", "gelu")
+    others = ("group_norm_silu", "layer_norm_modulate", "gated_residual", "rope_2d")
+    for op in (*attention, *others, *activations):
         assert has[f"vitkit::{op}_fwd"], op
     for name in forward:
         assert has[name] == has[name.removesuffix("_fwd") + "_bwd"], name

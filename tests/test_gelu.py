@@ -46,7 +46,7 @@ def every_float(dtype, limit):
 
 
 # Largest error of y over |x|, and of dy / dx, beyond the rounding of the result: the fits of
-# csrc/cpu/norm/gate.h with the exponential and the reciprocal of the dtype.
+# csrc/core/gate_fits.h with the exponential and the reciprocal of the dtype.
 LIMITS = {torch.float32: (1.5e-7, 3e-7), torch.bfloat16: (4e-6, 8e-5), torch.float16: (2e-7, 5e-6)}
 
 

@@ -40,6 +40,11 @@ inline int compute_capability(const Tensor& t) {
   return major * 10 + minor;
 }
 
+// What a launch returned: null, or what went wrong.
+inline void check_launch(const char* op, const char* error) {
+  STD_TORCH_CHECK(error == nullptr, op, ": kernel launch failed: ", error);
+}
+
 class Launch {
  public:
   explicit Launch(const Tensor& x) : guard_(x.get_device_index()) {

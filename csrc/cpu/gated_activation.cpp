@@ -5,15 +5,14 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <numeric>
 #include <tuple>
 #include <vector>
 
 #include "attention/inputs.h"
-#include "check.h"
 #include "isa.h"
 #include "memory.h"
 #include "parallel.h"
+#include "rows.h"
 
 VITKIT_ISA_TABLE(GatedKernels, gated_kernels)
 
@@ -31,24 +30,6 @@ char* data_of(const Tensor& t, int64_t offset) {
          offset * int64_t(t.element_size());
 }
 
-// Elements from one row of a non-empty tensor to the next: its leading dimensions must be one run
-// of rows.
-int64_t row_stride(const char* op, const char* arg, const Tensor& t) {
-  check_last_dim_dense(op, arg, t);
-  int64_t stride = 0, expected = -1;
-  for (int64_t d = t.dim() - 2; d >= 0; --d) {
-    if (t.size(d) == 1) continue;
-    if (expected < 0) {
-      stride = t.stride(d);
-    } else {
-      STD_TORCH_CHECK(t.stride(d) == expected, op, ": ", arg,
-                      " must be rows at one distance from each other");
-    }
-    expected = t.stride(d) * t.size(d);
-  }
-  return stride;
-}
-
 struct Halves {
   ActivationRows value, gate;
 };
@@ -59,30 +40,6 @@ Halves halves(const char* op, const Tensor& x, const std::optional<Tensor>& gate
   if (gate) return {{data_of(x, 0), stride}, {data_of(*gate, 0), row_stride(op, "gate", *gate)}};
   const ActivationRows first{data_of(x, 0), stride}, second{data_of(x, x.size(-1) / 2), stride};
   return gate_last ? Halves{first, second} : Halves{second, first};
-}
-
-void check_same_shape(const char* op, const char* arg, const Tensor& t, const Tensor& like) {
-  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), op, ": ", arg,
-                  " must have the dtype of x");
-  check_rank(op, arg, t, like.dim());
-  for (int64_t d = 0; d < like.dim(); ++d) check_size(op, arg, t, d, like.size(d));
-}
-
-// The sizes of the result.
-std::vector<int64_t> result_sizes(const char* op, const Tensor& x,
-                                  const std::optional<Tensor>& gate) {
-  check_floating(op, "x", x);
-  STD_TORCH_CHECK(x.dim() >= 1, op, ": x must have at least one dimension");
-  std::vector<int64_t> sizes(size_t(x.dim()));
-  for (int64_t d = 0; d < x.dim(); ++d) sizes[size_t(d)] = x.size(d);
-  if (gate) {
-    check_same_shape(op, "gate", *gate, x);
-  } else {
-    STD_TORCH_CHECK(sizes.back() % 2 == 0, op, ": x must have an even last dimension, got ",
-                    sizes.back());
-    sizes.back() /= 2;
-  }
-  return sizes;
 }
 
 template <typename Params>
@@ -98,7 +55,7 @@ void prefer_huge_pages_of(const Tensor& t) {
 
 Tensor gated_forward(const char* op, Activation activation, const Tensor& x,
                      const std::optional<Tensor>& gate, bool gate_last) {
-  const std::vector<int64_t> sizes = result_sizes(op, x, gate);
+  const std::vector<int64_t> sizes = gated_sizes(op, x, gate);
   Tensor y = torch::stable::new_empty(x, sizes);
   if (y.numel() == 0) return y;
   prefer_huge_pages_of(y);
@@ -119,10 +76,8 @@ Tensor gated_forward(const char* op, Activation activation, const Tensor& x,
 std::tuple<Tensor, Tensor> gated_backward(const char* op, Activation activation, const Tensor& grad,
                                           const Tensor& x, const std::optional<Tensor>& gate,
                                           bool gate_last) {
-  const std::vector<int64_t> sizes = result_sizes(op, x, gate);
-  check_rank(op, "grad", grad, x.dim());
-  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), op, ": grad must have the dtype of x");
-  for (int64_t d = 0; d < x.dim(); ++d) check_size(op, "grad", grad, d, sizes[size_t(d)]);
+  const std::vector<int64_t> sizes = gated_sizes(op, x, gate);
+  check_gated_gradient(op, grad, x, sizes);
   Tensor dx = torch::stable::new_empty(x, x.sizes());
   Tensor dgate = gate ? torch::stable::new_empty(x, x.sizes()) : torch::stable::new_empty(x, {0});
   if (dx.numel() == 0) return {dx, dgate};
@@ -167,26 +122,12 @@ std::tuple<Tensor, Tensor> geglu_backward(Tensor grad, Tensor x, std::optional<T
 
 // ---- gelu: all elements as one row, in whatever order they lie ----
 
-// Every element of a non-empty tensor must lie between the first and the last, once.
-void check_dense(const char* arg, const Tensor& t) {
-  std::vector<int64_t> dims;
-  for (int64_t d = 0; d < t.dim(); ++d)
-    if (t.size(d) != 1) dims.push_back(d);
-  std::sort(dims.begin(), dims.end(),
-            [&](int64_t a, int64_t b) { return t.stride(a) < t.stride(b); });
-  int64_t expected = 1;
-  for (const int64_t d : dims) {
-    STD_TORCH_CHECK(t.stride(d) == expected, "gelu: ", arg, " must be dense");
-    expected *= t.size(d);
-  }
-}
-
 Tensor gelu_forward(Tensor x, bool tanh) {
   check_floating("gelu", "x", x);
   Tensor y = torch::stable::empty_like(x);
   const int64_t n = x.numel();
   if (n == 0) return y;
-  check_dense("x", x);
+  check_dense("gelu", "x", x);
   prefer_huge_pages_of(y);
   run(GatedForward{element_type(x),
                    gelu_of(tanh),
@@ -202,14 +143,12 @@ Tensor gelu_forward(Tensor x, bool tanh) {
 
 Tensor gelu_backward(Tensor grad, Tensor x, bool tanh) {
   check_floating("gelu", "x", x);
-  check_same_shape("gelu", "grad", grad, x);
+  check_like("gelu", "grad", grad, "x", x);
   Tensor dx = torch::stable::empty_like(x);
   const int64_t n = x.numel();
   if (n == 0) return dx;
-  check_dense("x", x);
-  for (int64_t d = 0; d < x.dim(); ++d)
-    STD_TORCH_CHECK(x.size(d) == 1 || grad.stride(d) == x.stride(d),
-                    "gelu: grad must have the layout of x");
+  check_dense("gelu", "x", x);
+  check_same_layout("gelu", grad, x);
   prefer_huge_pages_of(dx);
   run(GatedBackward{element_type(x),
                     gelu_of(tanh),

@@ -5,11 +5,9 @@
 #include <cstdint>
 
 #include "attention/params.h"
+#include "gate_fits.h"
 
 namespace vitkit::cpu {
-
-// Each is z * sigmoid(g(z)); norm/gate.h has g.
-enum class Activation : int { silu, gelu, gelu_tanh };
 
 // Rows of consecutive elements, `stride` elements apart. data is null where the op has no such
 // operand.

@@ -64,8 +64,4 @@ inline const float* floats(const Tensor& t) {
   return static_cast<const float*>(t.const_data_ptr());
 }
 
-inline void check_launch(const char* op, const char* error) {
-  STD_TORCH_CHECK(error == nullptr, op, ": kernel launch failed: ", error);
-}
-
 }  // namespace vitkit::attention

@@ -7,31 +7,13 @@
 #include <tuple>
 #include <vector>
 
-#include "launch.h"
+#include "row_tensors.h"
 
 namespace vitkit::layer_norm {
 namespace {
 
 constexpr const char* kOp = "layer_norm_modulate";
 using Optional = std::optional<Tensor>;
-
-// t as rows of its last dimension, which must be dense, the rows one stride apart.
-RowTensor rows_of(const char* arg, const Optional& t, const Tensor& x) {
-  if (!t) return {nullptr, Element::f32, 0};
-  STD_TORCH_CHECK(t->get_device_index() == x.get_device_index(), kOp, ": ", arg,
-                  " must be on the device of x");
-  check_size(kOp, arg, *t, -1, x.size(-1));
-  check_last_dim_dense(kOp, arg, *t);
-  int64_t stride = 0, rows = 1;
-  for (int64_t d = t->dim() - 2; d >= 0 && t->numel() > 0; --d) {
-    if (t->size(d) == 1) continue;
-    if (rows == 1) stride = t->stride(d);
-    STD_TORCH_CHECK(t->stride(d) == rows * stride, kOp, ": ", arg,
-                    " must have rows one stride apart");
-    rows *= t->size(d);
-  }
-  return {t->const_data_ptr(), element_of(kOp, arg, *t), stride};
-}
 
 Shape read_shape(const Tensor& x, const Optional& shift, const Optional& scale,
                  const Optional& weight, const Optional& bias) {
@@ -44,8 +26,8 @@ Shape read_shape(const Tensor& x, const Optional& shift, const Optional& scale,
   for (const auto& [arg, t] :
        {std::pair<const char*, const Optional*>{"weight", &weight}, {"bias", &bias}})
     if (*t) check_rank(kOp, arg, **t, 1);
-  s.weight = rows_of("weight", weight, x);
-  s.bias = rows_of("bias", bias, x);
+  s.weight = rows_of(kOp, "weight", weight, x);
+  s.bias = rows_of(kOp, "bias", bias, x);
   const Optional& modulation = scale ? scale : shift;
   if (modulation) {
     STD_TORCH_CHECK(x.dim() >= 2, kOp, ": a modulated x must have shape [B, *, E]");
@@ -57,17 +39,13 @@ Shape read_shape(const Tensor& x, const Optional& shift, const Optional& scale,
     check_rank(kOp, arg, **t, s.per_token ? x.dim() : 2);
     for (int64_t d = 0; d + 1 < (**t).dim(); ++d) check_size(kOp, arg, **t, d, x.size(d));
   }
-  s.shift = rows_of("shift", shift, x);
-  s.scale = rows_of("scale", scale, x);
+  s.shift = rows_of(kOp, "shift", shift, x);
+  s.scale = rows_of(kOp, "scale", scale, x);
   if (modulation && !s.per_token && x.size(0) > 0) {
     s.segments = x.size(0);
     s.rows = total / s.segments;
   }
   return s;
-}
-
-void check_launch(const char* error) {
-  STD_TORCH_CHECK(error == nullptr, kOp, ": kernel launch failed: ", error);
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor x, Optional shift, Optional scale, Optional weight,
@@ -83,7 +61,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Optional shift, Optional scale, Opt
   const ForwardParams p{
       s, x.const_data_ptr(), y.mutable_data_ptr(), mean, mean + s.segments * s.rows, float(eps), 0};
   const Launch launch(x);
-  check_launch(layer_norm_forward(p, element_of(kOp, "x", x), launch.stream()));
+  check_launch(kOp, layer_norm_forward(p, element_of(kOp, "x", x), launch.stream()));
   return {y, stats};
 }
 
@@ -136,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor 
                          sums_wanted ? static_cast<float*>(partial.mutable_data_ptr()) : nullptr,
                          parts,
                          part_rows};
-  check_launch(layer_norm_backward(p, element_of(kOp, "x", x), launch.stream()));
+  check_launch(kOp, layer_norm_backward(p, element_of(kOp, "x", x), launch.stream()));
   if (sums_wanted) {
     const SmallParams small{s,
                             p.partial,
@@ -146,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor 
                             gradient("scale", dscale, scale && !s.per_token),
                             gradient("weight", dweight, weight.has_value()),
                             gradient("bias", dbias, bias.has_value())};
-    check_launch(layer_norm_small_gradients(small, launch.stream()));
+    check_launch(kOp, layer_norm_small_gradients(small, launch.stream()));
   }
   return {dx, dshift, dscale, dweight, dbias};
 }

@@ -157,6 +157,7 @@ T __shfl_down_sync(uint32_t mask, T value, int delta, EMULATED_HERE) {
 }
 
 inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 using std::max;
 using std::min;

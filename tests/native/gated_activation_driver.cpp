@@ -15,6 +15,7 @@ namespace vitkit::cpu::VITKIT_ISA {
 const GatedKernels& gated_kernels();
 }
 
+using vitkit::Activation;
 using namespace vitkit::cpu;
 using namespace driver;
 
