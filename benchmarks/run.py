@@ -220,7 +220,7 @@ def run(
     minutes = 0.0 if before is None else _continued(before.facts, facts)
     found = Results(facts, rows, {})
     stored = {_label_of(r) for r in rows}
-    too_long: dict[str, str] = {}
+    too_long: dict[str, str] = {} if before is None else dict(before.facts.get("too_long", {}))
     begin = time.monotonic()
     for index, case in enumerate(cases):
         left_out = 0
@@ -237,7 +237,8 @@ def run(
         if left_out:
             break
     place = {label(case): i for i, case in enumerate(cases)}
-    rows.sort(key=lambda row: place.get(_label_of(row), len(place)))
+    ops = list(dict.fromkeys([*OPS, *(row.op for row in rows)]))
+    rows.sort(key=lambda row: (ops.index(row.op), place.get(_label_of(row), len(place))))
     keep(found)
     return found
 
