@@ -56,7 +56,8 @@ class Case:
         flops, bytes: of the mathematical operation; bytes are inputs and outputs touched once.
         terms: of the longest sum, for the tolerance.
         target: the least acceptable ratio of the best rival's time to ours, None without one.
-        sets: which sets it belongs to; "fast forward": to the fast set if it is a forward pass.
+        sets: which sets it belongs to; "fast forward": to the fast set if it is a forward pass,
+            "fast float32": if it is of that dtype.
         curve, size: the scaling curve it is a point of and its place there; "" without one.
     """
 

@@ -31,7 +31,7 @@ HEADS, HEAD_DIM = 16, 48
 SHAPES: list[tuple[int, str, tuple[float | None, ...], tuple[str, ...]]] = [
     (1000, "forward", (None, None), ("smoke", "fast", "full")),
     (1000, "forward+backward", (None, None), ("smoke", "fast", "full")),
-    (10000, "forward", (1.2, 1.4), ("fast", "full")),
+    (10000, "forward", (1.2, 1.4), ("fast float32", "full")),
     (10000, "forward+backward", (None, None), ("full",)),
     (50000, "forward", (None, None), ("full",)),
 ]
