@@ -128,6 +128,7 @@ CASES = {
     "token": ((F16, (2, 5, 24), (2, 5, 24)), {}),
     "token_in_float32": ((BF16, (2, 5, 24), (2, 5, 24), FLOAT), {}),
     "layer_scale": ((FLOAT, (2, 5, 24), (24,)), {}),
+    "odd_layer_scale": ((BF16, (2, 5, 21), (21,)), {}),
     "half_gate_beside_float32": ((FLOAT, (2, 5, 24), (2, 24), F16), {}),
     "float32_gate": ((F16, (2, 5, 40), (2, 40), FLOAT), {}),
     "odd_width": ((BF16, (2, 9, 77), (2, 77)), {"part_rows": 4}),

@@ -33,10 +33,11 @@ struct Tiling {
     return {of_rows / row_blocks, row, unit, row < rows && unit < units};
   }
 
-  // 128 bytes or more of a row side by side, all threads busy or at most one in nine idle.
+  // 64 bytes or more of a row side by side. Of the threads of a row of 32 units or more, and of
+  // multiples of 4, at most one in nine is idle.
   static int shift_of(int64_t units) {
     int shift = 8;
-    while (shift > 3 && units % (1 << shift) != 0 && units < int64_t(8) << shift) --shift;
+    while (shift > 2 && units % (1 << shift) != 0 && units < int64_t(8) << shift) --shift;
     return shift;
   }
 };
