@@ -23,6 +23,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -315,6 +317,20 @@ def _jobs() -> int:
     return max(1, min(os.cpu_count() or 1, int(gigabytes / 3)))
 
 
+@contextmanager
+def _alone(build_dir: Path) -> Iterator[None]:
+    """Waits for whoever builds in that folder: two ninjas at once lose their records, and then
+    everything is built again."""
+    try:
+        import fcntl
+    except ImportError:  # not on this system
+        yield
+        return
+    with (build_dir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def build(out_dir: Path, build_dir: Path, p: Plan | None = None) -> Plan:
     """Builds what can be built into ``out_dir``; raises CalledProcessError when a compiler
     fails."""
@@ -324,10 +340,11 @@ def build(out_dir: Path, build_dir: Path, p: Plan | None = None) -> Plan:
     if p.targets:
         build_dir.mkdir(parents=True, exist_ok=True)
         out_dir.mkdir(parents=True, exist_ok=True)
-        write_ninja(p, build_dir.resolve(), out_dir.resolve())
-        # -k 0: a CUDA file that fails to compile must not cost the CPU library.
-        command = [*_ninja(), "-C", str(build_dir), "-j", str(_jobs()), "-k", "0"]
-        subprocess.run(command, check=True)
+        with _alone(build_dir):
+            write_ninja(p, build_dir.resolve(), out_dir.resolve())
+            # -k 0: a CUDA file that fails to compile must not cost the CPU library.
+            command = [*_ninja(), "-C", str(build_dir), "-j", str(_jobs()), "-k", "0"]
+            subprocess.run(command, check=True)
     return p
 
 
