@@ -41,6 +41,14 @@ def _legend(axes: Any) -> None:
     axes.legend(frameon=False, labelcolor=INK, fontsize=8)
 
 
+def _short(size: float) -> str:
+    """``16k`` of 16,384: as a tick of an axis."""
+    for unit, name in ((1e6, "M"), (1e3, "k")):
+        if size >= unit:
+            return f"{size / unit:.0f}{name}"
+    return f"{size:.0f}"
+
+
 def _curves(op: str, curve: str, dtype: str, points: Sequence[Row]) -> list[Plot]:
     """Time and memory against size: vitkit's, the best rival's, and what was modelled."""
     what = f"{op}, {dtype}, forward"
@@ -65,6 +73,8 @@ def _curves(op: str, curve: str, dtype: str, points: Sequence[Row]) -> list[Plot
                 marker="o", markerfacecolor="none", markersize=4, label="vitkit, modelled",
             )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel=curve, ylabel=unit)
+        axes.set_xticks([p.size for p in points], [_short(p.size) for p in points], minor=False)
+        axes.set_xticks([], minor=True)
         _legend(axes)
         rivals = ", ".join(dict.fromkeys(p.best_rival for p in measured))
         plots.append(

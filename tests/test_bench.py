@@ -279,6 +279,11 @@ def test_a_run_that_was_cut_off_is_continued(monkeypatch):
     assert [r.name for r in found.rows] == ["a", "b", "c"]
     assert {r.name: r.microseconds for r in found.rows if r.name in times} == times
     assert found.facts["minutes"] >= before.facts["minutes"]
+    before.facts["gemm_gflops"] = {"float32": 1.0, "float16": 7.0}
+    before.facts["copy_gbytes"] = 1e6
+    highest = run.run(cases, "cpu", run.Manner(0.01), before=before).facts
+    assert highest["gemm_gflops"] == ROOFLINE.gemm_gflops | {"float16": 7.0}
+    assert highest["copy_gbytes"] == 1e6
     before.facts["commit"] = "another"
     with pytest.raises(SystemExit, match="same commit, got 'another'"):
         run.run(cases, "cpu", run.Manner(0.01), before=before)
