@@ -95,7 +95,7 @@ def test_the_table_of_the_hosts():
     name = models.MODELS[0].name
     table = models.hosts_table({"environment": FACTS, "rows": {name: row()}})
     assert f"| {name} | 1x3x8x8 | 3, 1 | 3 | 0.25 | 1.50x (1.25 to 2.00) | 4 to 2 |" in table
-    assert table.count("not run") == len(models.MODELS) - 1
+    assert table.count("not run") == len(models.HOSTS) - 1
     assert "float32 on toy, avx2 kernels, 1 threads; torch 2; vitkit abc, 2026-01-01" in table
     empty = models.hosts_table({"environment": {}, "rows": {}})
     assert empty.endswith("Nothing was measured yet.")
