@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vitkit._checks import name_of
+
 from .timing import Clock
 
 
@@ -19,7 +21,7 @@ class Roofline:
 
     def peak(self, dtype: torch.dtype) -> float:
         """FLOP/s of the fastest unit the dtype may use: bfloat16 may be computed in float32."""
-        name = str(dtype).removeprefix("torch.")
+        name = name_of(dtype)
         return 1e9 * max(self.gemm_gflops.get(name, 0.0), self.gemm_gflops["float32"])
 
     def floor(self, flops: float, bytes: float, dtype: torch.dtype) -> float:
@@ -37,7 +39,7 @@ def measure_roofline(device: str, dtypes: Sequence[torch.dtype]) -> Roofline:
         samples = [clock.sample(lambda a=a, b=b: a @ b)]
         while len(samples) < 5 and sum(samples) < 1:  # without a unit of its own a dtype takes long
             samples.append(clock.sample(lambda a=a, b=b: a @ b))
-        gflops[str(dtype).removeprefix("torch.")] = 2 * n**3 / min(samples) / 1e9
+        gflops[name_of(dtype)] = 2 * n**3 / min(samples) / 1e9
     source = torch.randn((1 << 28) if device == "cuda" else (1 << 24), device=device)
     target = torch.empty_like(source)
     seconds = min(clock.sample(lambda: target.copy_(source)) for _ in range(5))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from vitkit._checks import name_of
 from vitkit._memory import peak_bytes
 from vitkit._numerics import Parity, parity
 
@@ -320,7 +321,7 @@ def measure(
         op=case.op,
         name=case.name,
         mode=case.mode,
-        dtype=str(case.dtype).removeprefix("torch."),
+        dtype=name_of(case.dtype),
         layout=case.layout,
         shape=case.shape,
         provider=ours.name,

@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import torch
 
 from vitkit import backends
+from vitkit._checks import name_of
 
 from . import compare, overhead, own, report
 from .ceilings import Roofline, measure_roofline
@@ -102,7 +103,7 @@ def _in_set(case: Case, which: str, device: str) -> bool:
     rivals take a third of its time."""
     if which == "fast" and device == "cpu" and case.mode != "forward" and case.dtype.itemsize == 2:
         return False
-    dtype = str(case.dtype).removeprefix("torch.")
+    dtype = name_of(case.dtype)
     return not {which, f"{which} {case.mode}", f"{which} {dtype}"}.isdisjoint(case.sets)
 
 
@@ -195,14 +196,10 @@ class Results:
     failures: dict[str, str]
 
 
-def label(case: Case) -> str:
-    """Of a case among all others."""
-    dtype = str(case.dtype).removeprefix("torch.")
-    return f"{case.op} {case.name} {case.mode} {dtype} {case.layout} {case.shape}"
-
-
-def _label_of(row: Row) -> str:
-    return f"{row.op} {row.name} {row.mode} {row.dtype} {row.layout} {row.shape}"
+def label(x: Case | Row) -> str:
+    """Of a case among all others, and of its row."""
+    dtype = x.dtype if isinstance(x, Row) else name_of(x.dtype)
+    return f"{x.op} {x.name} {x.mode} {dtype} {x.layout} {x.shape}"
 
 
 def run(
@@ -231,7 +228,7 @@ def run(
         minutes = _continued(before.facts, facts)
         facts |= _highest(before.facts, facts)
     found = Results(facts, rows, {})
-    stored = {_label_of(r) for r in rows}
+    stored = {label(r) for r in rows}
     too_long: dict[str, str] = {} if before is None else dict(before.facts.get("too_long", {}))
     begin = time.monotonic()
     for index, case in enumerate(cases):
@@ -250,7 +247,7 @@ def run(
             break
     place = {label(case): i for i, case in enumerate(cases)}
     ops = list(dict.fromkeys([*OPS, *(row.op for row in rows)]))
-    rows.sort(key=lambda row: (ops.index(row.op), place.get(_label_of(row), len(place))))
+    rows.sort(key=lambda row: (ops.index(row.op), place.get(label(row), len(place))))
     keep(found)
     return found
 
@@ -266,7 +263,7 @@ def _measured(
     """Measures a case, adds it to what was found, and describes it."""
     name = label(case)
     line = [r for r in found.rows if case.curve and (r.op, r.curve, r.dtype, r.modelled) ==
-            (case.op, case.curve, str(case.dtype).removeprefix("torch."), False)]  # fmt: skip
+            (case.op, case.curve, name_of(case.dtype), False)]  # fmt: skip
     try:
         torch._dynamo.reset()
         found.rows.append(_measure_or_model(case, device, roofline, manner, line))

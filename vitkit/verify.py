@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_with_path
 
+from vitkit._checks import name_of
 from vitkit._memory import peak_bytes
 from vitkit._numerics import EPS32, Parity, parity
 from vitkit._switch import Switch, widened
@@ -257,7 +258,7 @@ def _compare(
     terms: int,
     scale: float | None,
 ) -> OutputParity:
-    dtype = str(after.dtype).removeprefix("torch.")
+    dtype = name_of(after.dtype)
     if scale is not None:
         # Zero in exact arithmetic, as the gradient of a bias of the keys is: what is left is
         # rounding and has no scale of its own.

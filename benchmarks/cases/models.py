@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitkit
+from vitkit._checks import name_of
 from vitkit.models import create
 from vitkit.models.longnet import FeedForward
 from vitkit.nn import DilatedAttention
@@ -168,7 +169,7 @@ def _refuse_long(counter: FlopCounterMode, dtype: torch.dtype, device: str) -> N
         kind = max(spent, key=spent.__getitem__)
         raise LeftOut(
             f"a call takes about {sum(spent.values()):.0f} s: torch {kind}"
-            f" {str(dtype).removeprefix('torch.')} at {rates[kind] / 1e9:.1f} GFLOP/s here"
+            f" {name_of(dtype)} at {rates[kind] / 1e9:.1f} GFLOP/s here"
         )
 
 
