@@ -3,6 +3,7 @@ hash of all they depend on, so that only changed kernels are compiled again."""
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -72,6 +73,18 @@ def mutated(folder: Path, old: str, new: str, header: str = "", nth: int = 0) ->
             source.write_text(before + new + after)
     assert hits == 1, "the mutation no longer fits the source"
     return csrc
+
+
+def load_kernels(path: Path, *structs: type[ctypes.Structure], **results: type) -> ctypes.CDLL:
+    """A driver's library. Its emulated_forward and emulated_backward return null or an error, other
+    functions what ``results`` says; ``structs`` are as large as its emulated_size(i) says."""
+    library = ctypes.CDLL(str(path))
+    launches = dict.fromkeys(("emulated_forward", "emulated_backward"), ctypes.c_char_p)
+    for name, result in {**launches, "emulated_size": ctypes.c_size_t, **results}.items():
+        getattr(library, name).restype = result
+    for i, struct in enumerate(structs):
+        assert library.emulated_size(i) == ctypes.sizeof(struct), struct.__name__
+    return library
 
 
 SANITIZERS = {

@@ -13,7 +13,7 @@ import gated
 import pytest
 import torch
 import torch.nn.functional as F
-from emulation import emulated
+from emulation import emulated, load_kernels
 from numerics import DTYPES, assert_parity, double, gradients
 from test_emulated_gated_residual import I64, P, Tiling
 from test_gelu import every_float
@@ -46,14 +46,7 @@ Backward = params("grad", "value", "gate", "dvalue", "dgate")
 
 
 def load(path):
-    library = ctypes.CDLL(str(path))
-    for name in ("emulated_forward", "emulated_backward"):
-        getattr(library, name).restype = ctypes.c_char_p
-    library.emulated_tiling.restype = ctypes.c_bool
-    library.emulated_size.restype = ctypes.c_size_t
-    for i, struct in enumerate((Forward, Backward)):
-        assert library.emulated_size(i) == ctypes.sizeof(struct)
-    return library
+    return load_kernels(path, Forward, Backward, emulated_tiling=ctypes.c_bool)
 
 
 @pytest.fixture(scope="module")

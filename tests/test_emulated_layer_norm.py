@@ -11,7 +11,7 @@ import mmap
 
 import pytest
 import torch
-from emulation import assert_order_changes_nothing, emulated
+from emulation import assert_order_changes_nothing, emulated, load_kernels
 from numerics import DTYPES, assert_parity, double, eager_layer_norm, gradients
 
 from vitkit.ops.layer_norm_modulate import reference
@@ -70,14 +70,7 @@ class SmallParams(ctypes.Structure):
 
 
 def load(path):
-    library = ctypes.CDLL(str(path))
-    for name in ("emulated_forward", "emulated_backward"):
-        getattr(library, name).restype = ctypes.c_char_p
-    library.emulated_part_rows.restype = I64
-    library.emulated_size.restype = ctypes.c_size_t
-    for i, struct in enumerate((Forward, Backward, SmallParams)):
-        assert library.emulated_size(i) == ctypes.sizeof(struct)
-    return library
+    return load_kernels(path, Forward, Backward, SmallParams, emulated_part_rows=I64)
 
 
 @pytest.fixture(scope="module")

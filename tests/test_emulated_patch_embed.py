@@ -12,7 +12,7 @@ import mmap
 
 import pytest
 import torch
-from emulation import assert_order_changes_nothing, emulated
+from emulation import assert_order_changes_nothing, emulated, load_kernels
 from numerics import DTYPES, assert_parity, double, gradients
 from test_patch_embed import MEAN, NAMES, STD, eager, make
 
@@ -65,13 +65,7 @@ class Gradients(ctypes.Structure):
 
 
 def load(path):
-    library = ctypes.CDLL(str(path))
-    for name in ("emulated_forward", "emulated_backward"):
-        getattr(library, name).restype = ctypes.c_char_p
-    library.emulated_size.restype = ctypes.c_size_t
-    for i, struct in enumerate((Call, Gradients)):
-        assert library.emulated_size(i) == ctypes.sizeof(struct)
-    return library
+    return load_kernels(path, Call, Gradients)
 
 
 @pytest.fixture(scope="module")
