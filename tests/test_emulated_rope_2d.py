@@ -125,6 +125,7 @@ def test_emulated_views(library, layout):
         check(library, [q, k, cos, sin], layout)
         check(library, [q.transpose(1, 2).contiguous().transpose(1, 2), q, cos, sin], layout)
         check(library, [wide[..., a : a + 16], wide[:, :, :1, 4:], cos, sin], layout)
+        check(library, [wide[..., :16], k, cos, sin], layout)  # strides alone, where a is 0
 
 
 def test_emulated_one_of_two(library):
