@@ -50,6 +50,50 @@ inline void check_like(const char* op, const char* arg, const Tensor& t, const c
   for (int64_t d = 0; d < like.dim(); ++d) check_size(op, arg, t, d, like.size(d));
 }
 
+// Rows of x that share a row of gate: all, those of one sample, or none.
+struct Segments {
+  int64_t count, rows;
+  bool per_token;
+};
+
+inline Segments segments_of(const char* op, const char* arg, const Tensor& x, const Tensor& gate) {
+  check_floating(op, arg, x);
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0, op, ": ", arg,
+                  " must have shape [*, E] with E >= 1");
+  check_size(op, "gate", gate, -1, x.size(-1));
+  const int64_t rows = x.numel() / x.size(-1);
+  if (gate.dim() == x.dim()) {
+    for (int64_t d = 0; d + 1 < x.dim(); ++d) check_size(op, "gate", gate, d, x.size(d));
+    return {1, rows, true};
+  }
+  if (gate.dim() == 2) {
+    check_size(op, "gate", gate, 0, x.size(0));
+    const int64_t count = std::max<int64_t>(1, x.size(0));
+    return {count, rows / count, false};
+  }
+  check_rank(op, "gate", gate, 1);
+  return {1, rows, false};
+}
+
+// cos or sin, [B or 1, N', H or 1, D], of heads x [B, N, H, D]: where it lies and three strides, 0
+// where it is shared.
+template <typename Table>
+Table angle_table(const char* op, const char* arg, const Tensor& t, const Tensor& x) {
+  check_rank(op, arg, t, 4);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, op, ": ", arg, " must be float32");
+  STD_TORCH_CHECK(t.get_device_index() == x.get_device_index(), op, ": ", arg,
+                  " must be on the device of q");
+  if (t.numel() > 0) check_last_dim_dense(op, arg, t);
+  check_size(op, arg, t, 3, x.size(3));
+  STD_TORCH_CHECK(t.size(1) <= x.size(1), op, ": ", arg, " must have at most ", x.size(1),
+                  " positions, got ", t.size(1));
+  for (const int64_t d : {0, 2})
+    STD_TORCH_CHECK(t.size(d) == 1 || t.size(d) == x.size(d), op, ": ", arg, ".size(", d,
+                    ") must be 1 or ", x.size(d), ", got ", t.size(d));
+  const auto stride = [&](int64_t d) { return t.size(d) == 1 ? 0 : t.stride(d); };
+  return {static_cast<const float*>(t.const_data_ptr()), stride(0), stride(1), stride(2)};
+}
+
 // The sizes of value * activation(gate), of two tensors or of the halves of one.
 inline std::vector<int64_t> gated_sizes(const char* op, const Tensor& x,
                                         const std::optional<Tensor>& gate) {

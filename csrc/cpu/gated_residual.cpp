@@ -8,7 +8,6 @@
 #include <tuple>
 #include <vector>
 
-#include "check.h"
 #include "isa.h"
 #include "memory.h"
 #include "parallel.h"
@@ -28,28 +27,14 @@ constexpr int64_t kPartRows = 64, kMaxParts = 256;
 
 // `x` stands for grad in the gradient.
 GatedShape read_shape(const char* arg, const Tensor& x, const Tensor& y, const Tensor& gate) {
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0, kOp, ": ", arg,
-                  " must have shape [*, E] with E >= 1");
-  STD_TORCH_CHECK(y.scalar_type() == x.scalar_type() && y.dim() == x.dim(), kOp,
-                  ": y must have the shape and dtype of ", arg);
-  for (int64_t d = 0; d < x.dim(); ++d) check_size(kOp, "y", y, d, x.size(d));
+  const Segments found = segments_of(kOp, arg, x, gate);
+  check_like(kOp, "y", y, arg, x);
   STD_TORCH_CHECK(x.is_contiguous() && y.is_contiguous(), kOp, ": ", arg,
                   " and y must be contiguous");
-  const int64_t width = x.size(-1), total = x.numel() / width;
-  GatedShape s{norm_element(kOp, arg, x), 1, total, width, rows_of(kOp, "gate", gate),
-               gate.dim() == x.dim()};
-  check_size(kOp, "gate", gate, -1, width);
-  if (s.per_token) {
-    for (int64_t d = 0; d < x.dim(); ++d) check_size(kOp, "gate", gate, d, x.size(d));
-    STD_TORCH_CHECK(s.gate.element == s.element || s.gate.element == NormElement::f32, kOp,
-                    ": gate per token must be float32 or have the dtype of ", arg);
-  } else if (gate.dim() == 2) {
-    check_size(kOp, "gate", gate, 0, x.size(0));
-    s.segments = std::max<int64_t>(1, x.size(0));
-    s.rows = total / s.segments;
-  } else {
-    check_rank(kOp, "gate", gate, 1);
-  }
+  const GatedShape s{norm_element(kOp, arg, x),  found.count,    found.rows, x.size(-1),
+                     rows_of(kOp, "gate", gate), found.per_token};
+  STD_TORCH_CHECK(!s.per_token || s.gate.element == s.element || s.gate.element == NormElement::f32,
+                  kOp, ": gate per token must be float32 or have the dtype of ", arg);
   return s;
 }
 

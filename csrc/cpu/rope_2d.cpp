@@ -12,6 +12,7 @@
 #include "isa.h"
 #include "memory.h"
 #include "parallel.h"
+#include "rows.h"
 
 VITKIT_ISA_TABLE(RopeKernels, rope_kernels)
 
@@ -22,20 +23,6 @@ constexpr const char* kOp = "rope_2d";
 // Elements below which a second thread costs more than it brings.
 constexpr int64_t kGrainElements = int64_t(1) << 14;
 
-AngleTable table_of(const char* arg, const Tensor& t, const Tensor& x) {
-  check_rank(kOp, arg, t, 4);
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, kOp, ": ", arg, " must be float32");
-  if (t.numel() > 0) check_last_dim_dense(kOp, arg, t);
-  check_size(kOp, arg, t, 3, x.size(3));
-  STD_TORCH_CHECK(t.size(1) <= x.size(1), kOp, ": ", arg, " must have at most ", x.size(1),
-                  " positions, got ", t.size(1));
-  for (const int64_t d : {0, 2})
-    STD_TORCH_CHECK(t.size(d) == 1 || t.size(d) == x.size(d), kOp, ": ", arg, ".size(", d,
-                    ") must be 1 or ", x.size(d), ", got ", t.size(d));
-  const auto stride = [&](int64_t d) { return t.size(d) == 1 ? 0 : t.stride(d); };
-  return {static_cast<const float*>(t.const_data_ptr()), stride(0), stride(1), stride(2)};
-}
-
 Tensor rotated(const char* arg, const Tensor& x, const Tensor& cos, const Tensor& sin,
                bool interleaved, bool inverse) {
   check_floating(kOp, arg, x);
@@ -43,7 +30,8 @@ Tensor rotated(const char* arg, const Tensor& x, const Tensor& cos, const Tensor
   const int64_t tokens = x.size(1), heads = x.size(2), d = x.size(3);
   STD_TORCH_CHECK(d % 2 == 0, kOp, ": ", arg, " must have an even head dim, got ", d);
   check_size(kOp, "sin", sin, 1, cos.size(1));
-  const AngleTable cos_table = table_of("cos", cos, x), sin_table = table_of("sin", sin, x);
+  const auto cos_table = angle_table<AngleTable>(kOp, "cos", cos, x);
+  const auto sin_table = angle_table<AngleTable>(kOp, "sin", sin, x);
   Tensor y = torch::stable::new_empty(x, x.sizes());
   if (y.numel() == 0) return y;  // the strides of nothing mean nothing
   check_last_dim_dense(kOp, arg, x);

@@ -8,8 +8,8 @@
 #include <initializer_list>
 #include <vector>
 
-#include "check.h"
 #include "norm/element.h"
+#include "rows.h"
 
 namespace vitkit::cpu {
 
@@ -43,16 +43,7 @@ inline NormElement norm_element(const char* op, const char* arg, const Tensor& t
 
 // t as rows of its last dimension, which must be dense, the rows one stride apart.
 inline Rows rows_of(const char* op, const char* arg, const Tensor& t) {
-  check_last_dim_dense(op, arg, t);
-  int64_t stride = 0, rows = 1;
-  for (int64_t d = t.dim() - 2; d >= 0 && t.numel() > 0; --d) {
-    if (t.size(d) == 1) continue;
-    if (rows == 1) stride = t.stride(d);
-    STD_TORCH_CHECK(t.stride(d) == rows * stride, op, ": ", arg,
-                    " must have rows one stride apart");
-    rows *= t.size(d);
-  }
-  return {t.const_data_ptr(), norm_element(op, arg, t), stride};
+  return {t.const_data_ptr(), norm_element(op, arg, t), t.numel() > 0 ? row_stride(op, arg, t) : 0};
 }
 
 // The values of a tensor of rank 1 or 2 in row-major order, whatever its strides; empty if absent.

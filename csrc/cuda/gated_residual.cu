@@ -16,24 +16,12 @@ constexpr int64_t kMaxWidth = int64_t(1) << 30;
 
 // `x` stands for grad in the gradient.
 Shape read_shape(const char* arg, const Tensor& x, const Tensor& y, const Tensor& gate) {
-  check_floating(kOp, arg, x);
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0 && x.size(-1) <= kMaxWidth, kOp, ": ", arg,
-                  " must have shape [*, E] with E from 1 to ", kMaxWidth);
+  const Segments found = segments_of(kOp, arg, x, gate);
+  STD_TORCH_CHECK(x.size(-1) <= kMaxWidth, kOp, ": ", arg, " must have E up to ", kMaxWidth);
   check_like(kOp, "y", y, arg, x);
   STD_TORCH_CHECK(x.is_contiguous() && y.is_contiguous(), kOp, ": ", arg,
                   " and y must be contiguous");
-  const int64_t width = x.size(-1), total = x.numel() / width;
-  Shape s{1, total, int(width), gate.dim() == x.dim(), rows_of(kOp, "gate", gate, x)};
-  if (s.per_token) {
-    for (int64_t d = 0; d + 1 < x.dim(); ++d) check_size(kOp, "gate", gate, d, x.size(d));
-  } else if (gate.dim() == 2) {
-    check_size(kOp, "gate", gate, 0, x.size(0));
-    s.segments = x.size(0);
-    s.rows = s.segments > 0 ? total / s.segments : 0;
-  } else {
-    check_rank(kOp, "gate", gate, 1);
-  }
-  return s;
+  return {found.count, found.rows, int(x.size(-1)), found.per_token, rows_of(kOp, "gate", gate, x)};
 }
 
 Tensor forward(Tensor x, Tensor y, Tensor gate) {

@@ -15,22 +15,6 @@ namespace {
 constexpr const char* kOp = "rope_2d";
 using Optional = std::optional<Tensor>;
 
-Table table_of(const char* arg, const Tensor& t, const Tensor& x) {
-  check_rank(kOp, arg, t, 4);
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, kOp, ": ", arg, " must be float32");
-  STD_TORCH_CHECK(t.get_device_index() == x.get_device_index(), kOp, ": ", arg,
-                  " must be on the device of q");
-  if (t.numel() > 0) check_last_dim_dense(kOp, arg, t);
-  check_size(kOp, arg, t, 3, x.size(3));
-  STD_TORCH_CHECK(t.size(1) <= x.size(1), kOp, ": ", arg, " must have at most ", x.size(1),
-                  " positions, got ", t.size(1));
-  for (const int64_t d : {0, 2})
-    STD_TORCH_CHECK(t.size(d) == 1 || t.size(d) == x.size(d), kOp, ": ", arg, ".size(", d,
-                    ") must be 1 or ", x.size(d), ", got ", t.size(d));
-  const auto stride = [&](int64_t d) { return t.size(d) == 1 ? 0 : t.stride(d); };
-  return {static_cast<const float*>(t.const_data_ptr()), stride(0), stride(1), stride(2)};
-}
-
 // The heads of x, and memory for them turned. Without elements there are none.
 Heads heads_of(const char* arg, const Tensor& x, Tensor& y) {
   constexpr int64_t kMost = int64_t(1) << 30;
@@ -56,8 +40,8 @@ std::tuple<Tensor, Tensor> rotate(const Tensor& q, const Optional& k, const Tens
   }
   check_size(kOp, "sin", sin, 1, cos.size(1));
   Params p{};
-  p.cos = table_of("cos", cos, q);
-  p.sin = table_of("sin", sin, q);
+  p.cos = angle_table<Table>(kOp, "cos", cos, q);
+  p.sin = angle_table<Table>(kOp, "sin", sin, q);
   STD_TORCH_CHECK(!k || k->size(2) == q.size(2) || (cos.size(2) == 1 && sin.size(2) == 1), kOp,
                   ": k must have the heads of q where the tables have heads");
   Tensor turned_q = torch::stable::new_empty(q, q.sizes());

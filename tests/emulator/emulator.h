@@ -5,10 +5,10 @@
 // that a missing barrier shows as wrong numbers. Shared memory starts as NaN, and so does the
 // target of an asynchronous copy until the copy is waited for. What is undefined on a GPU is an
 // error here that names its source line: a barrier or warp operation that not every thread reaches
-// at the same line, shared addresses that are misaligned or outside the launch, copies nobody waits
-// for. Under -fsanitize=thread every fiber is a thread of its own that only barriers synchronise: a
-// race detector for shared memory. What this cannot show: weak memory ordering, the compiler,
-// speed.
+// at the same line, misaligned addresses (of global memory by -fsanitize=alignment), shared ones
+// outside the launch, copies nobody waits for. Under -fsanitize=thread every fiber is a thread of
+// its own that only barriers synchronise: a race detector for shared memory. What this cannot show:
+// weak memory ordering, the compiler, speed.
 #pragma once
 
 #define VITKIT_EMULATED
