@@ -193,6 +193,8 @@ def test_emulated_padded_batch(library):
     places[1, 3:5] = torch.tensor([4, 3])
     places[3, 3:5] = torch.tensor([2, 3])
     check(library, places, tensors)
+    places, tensors = make(BF16, [(8, 20)], (24, 2, 2, 8), pos=True)
+    check(library, places[places[:, 4] == 8], tensors)  # rows half a unit apart
 
 
 def test_emulated_positions_that_many_tokens_share(library):

@@ -158,7 +158,7 @@ __device__ __forceinline__ int sum_before(int count, int& all) {
 // One block: a row of positions and 1024 columns. A thread looks for the row in a tile, and lists
 // its tokens; all add them.
 template <typename T>
-__global__ void __launch_bounds__(kPositionThreads)
+__global__ void __launch_bounds__(kPositionThreads, 4)
     patch_position_sum_kernel(const __grid_constant__ PositionSumParams p) {
   constexpr int kPack = kPositionPack, kThreads = kPositionThreads;
   __shared__ int list[kThreads];
