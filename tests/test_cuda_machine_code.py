@@ -20,7 +20,7 @@ HOT = (
     "attention_fwd", "attention_bwd_dq", "attention_bwd_dkv", "attention_dbias_kernel",
     "layer_norm_fwd", "layer_norm_bwd", "patch_project", "patch_dweight", "patch_dimages",
     "column_sums", "gated_residual_fwd", "gated_residual_bwd", "gated_activation_fwd",
-    "gated_activation_bwd", "rope_2d_kernel",
+    "gated_activation_bwd", "rope_2d_kernel", "patch_places", "patch_position_sum",
 )  # fmt: skip
 # Disassembled, of one architecture: what most vision transformers use, and the path of float32.
 LOOKED_INTO = re.compile(r"attention_(?!fwd_hopper)\w+_kernelI(13__nv_bfloat16|f)Li64E")
@@ -145,7 +145,8 @@ def test_an_op_with_a_forward_kernel_has_a_backward_kernel(library):
     attention = ("flash_attention", "flash_attention_decomposed", "flash_attention_distance",
                  "window_attention", "dilated_attention")  # fmt: skip
     activations = ("swiglu", "geglu", "gelu")
-    others = ("group_norm_silu", "layer_norm_modulate", "gated_residual", "rope_2d")
+    others = ("group_norm_silu", "layer_norm_modulate", "gated_residual", "rope_2d", "patch_embed",
+              "patch_embed_packed")  # fmt: skip
     for op in (*attention, *others, *activations):
         assert has[f"vitkit::{op}_fwd"], op
     for name in forward:

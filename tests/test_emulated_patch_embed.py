@@ -57,6 +57,9 @@ class Call(ctypes.Structure):
         ("eps", F32),
         ("mean", P),
         ("std", P),
+        ("places", P),
+        ("pixel_count", I64),
+        ("position_rows", INT),
     ]
 
 
@@ -65,7 +68,7 @@ class Gradients(ctypes.Structure):
 
 
 def load(path):
-    return load_kernels(path, Call, Gradients)
+    return load_kernels(path, Call, Gradients, emulated_units=ctypes.c_char_p)
 
 
 @pytest.fixture(scope="module")

@@ -426,6 +426,21 @@ def test_places_outside_the_pixels_are_refused():
             torch.ops.vitkit.patch_embed_packed_fwd(pixels, torch.tensor([place]), *rest)
 
 
+def test_places_outside_the_pixels_show(device):
+    """On a GPU, which nobody waits for: their tokens are NaN, and nothing else is."""
+    if device == "cpu":
+        pytest.skip("they are refused")
+    pixels, weight = torch.zeros(48, device=device), torch.zeros(2, 3, 4, 4, device=device)
+    reason = vitkit.explain("patch_embed_packed", [pixels.view(3, 4, 4)], weight).reasons["cuda"]
+    if reason is not None:
+        pytest.skip(reason)
+    places = [[0, 16, 4, 4, 4, 0], [1, 16, 4, 4, 4, 0], [0, 17, 4, 4, 4, 0], [-1, 16, 4, 4, 4, 0]]
+    rest = (weight, None, None, None, None, None, 1e-6, None)
+    at = torch.tensor(places, device=device)
+    found = torch.ops.vitkit.patch_embed_packed_fwd(pixels, at, *rest)
+    assert not found[0].any() and found[1:].isnan().all()
+
+
 # ---- bad input ----
 
 X, W = torch.zeros(2, 3, 32, 32), torch.zeros(8, 3, 16, 16)

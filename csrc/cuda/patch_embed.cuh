@@ -33,9 +33,10 @@ struct Params {
   bool norm;   // the tile holds whole tokens, which pass a LayerNorm
   bool packs;  // four elements of a token, and of what is added to it, are one access
   int prefixes;
-  int position_first;  // row of the first patch
-  void* out;           // [images, prefixes + patches, embed]
-  float* sums;         // [tokens, embed], instead of out; null otherwise
+  int position_first;    // row of the first patch
+  const int* positions;  // of a packed call: row of each token, -1 if its place is broken
+  void* out;             // [images, prefixes + patches, embed]
+  float* sums;           // [tokens, embed], instead of out; null otherwise
 
   __host__ __device__ int token_tiles() const { return (images.g.tokens + kTile - 1) / kTile; }
   __host__ __device__ int embed_tiles() const { return (embed + kTile - 1) / kTile; }
@@ -92,13 +93,15 @@ __device__ __forceinline__ void normalise(float (&z)[4], const Params& p, int co
   for (int i = 0; i < 4; ++i) z[i] = z[i] * rstd * weight[i] + bias[i];
 }
 
-// Adds the position of token m and writes four elements of it.
+// Adds the position of token m and writes four elements of it. A token whose place is broken shows:
+// it is NaN.
 template <typename T>
 __device__ __forceinline__ void finish(float (&z)[4], const Params& p, int m, int column) {
+  const int row = p.positions ? p.positions[m] : p.position_first + m % p.images.g.patches;
   float position[4];
-  load_four(position, p.position, p, p.position_first + m % p.images.g.patches, column, 0.f);
+  load_four(position, p.position, p, max(row, 0), column, 0.f);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) z[i] += position[i];
+  for (int i = 0; i < 4; ++i) z[i] = row < 0 ? NAN : z[i] + position[i];
   store_four(z, static_cast<T*>(p.out) + p.out_row(m) * p.embed, p, column);
 }
 
@@ -234,12 +237,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   auto* const tokens = reinterpret_cast<Token*>(columns + 2);
   const T* const weight = static_cast<const T*>(p.weight);
 
-  fill_tokens(tokens, g, first, kTile, g.tokens);
-  Gather<T, Pixel, kTile, kStep, kThreads> gather;
+  fill_tokens(tokens, p.images, first, kTile, g.tokens);
+  Gather<T, Pixel, kTile, kStep, kThreads> gather(p.images.unit_for(first, first + kTile));
   Sums d = {};
   run_pipeline(
       (depth + kStep - 1) / kStep,
-      [&](int step) { fill_columns(columns[step % 2], p.images, step * kStep); },
+      [&](int step) { fill_columns(columns[step % 2], p.images, gather.unit, step * kStep); },
       [&](int step, int stage) {
         gather.fetch(patches(stage), p.images, tokens, columns[step % 2]);
         copy_tile<T, kTile>(weights(stage), column, p.embed, step * kStep, depth,
@@ -250,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
             d, [&](int row, int k) { return M::load_a(patches(stage), row, k); },
             [&](int k, int n) { return M::load_rows(weights(stage), n, k); });
       },
-      [&](int step, int stage) { gather.store(patches(stage), p.images, columns[step % 2]); });
+      [&](int step, int stage) { gather.store(patches(stage), columns[step % 2]); });
 
   float* const out = reinterpret_cast<float*>(memory);
   spread_sums(d, out);

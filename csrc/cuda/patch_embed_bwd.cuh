@@ -140,9 +140,8 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<T, Pixel> ? kBlocks<T
   const int e = int(blockIdx.x) % embed_tiles * kTile;
   const int k = int(blockIdx.x) / embed_tiles % column_tiles * kTile;
   const int split = int(blockIdx.x) / embed_tiles / column_tiles;
-  const Geometry& g = p.images.g;
   const int first = split * p.tokens_of_split;
-  const int end = min(first + p.tokens_of_split, g.tokens);
+  const int end = min(first + p.tokens_of_split, p.images.g.tokens);
   const auto grads = [&](int stage) { return Tile{memory + stage * kStageBytes}; };
   const auto patches = [&](int stage) {
     return Tile{memory + stage * kStageBytes + Tile::bytes(kStep)};
@@ -150,13 +149,13 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<T, Pixel> ? kBlocks<T
   auto* const columns = reinterpret_cast<Columns<kTile>*>(memory + kProductBytes);
   auto* const tokens = reinterpret_cast<Token*>(columns + 1);  // of two steps
 
-  fill_columns(*columns, p.images, k);
-  Gather<T, Pixel, kStep, kTile, kThreads> gather;
+  Gather<T, Pixel, kStep, kTile, kThreads> gather(p.images.unit_for(first, end));
+  fill_columns(*columns, p.images, gather.unit, k);
   Sums d = {};
   float dbias = 0.f;
   run_pipeline((end - first + kStep - 1) / kStep,
                [&](int step) {
-                 fill_tokens(tokens + step % 2 * kStep, g, first + step * kStep, kStep, end);
+                 fill_tokens(tokens + step % 2 * kStep, p.images, first + step * kStep, kStep, end);
                },
                [&](int step, int stage) {
                  gather.fetch(patches(stage), p.images, tokens + step % 2 * kStep, *columns);
@@ -172,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<T, Pixel> ? kBlocks<T
                    for (int i = 0; i < kStep; ++i)
                      dbias += to_float(*grads(stage).at(i, int(threadIdx.x)));
                },
-               [&](int step, int stage) { gather.store(patches(stage), p.images, *columns); });
+               [&](int step, int stage) { gather.store(patches(stage), *columns); });
 
   if (k == 0 && e + int(threadIdx.x) < p.embed && threadIdx.x < kTile)
     p.partial_bias[int64_t(split) * p.embed + e + threadIdx.x] = dbias;
@@ -248,8 +247,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   auto* const tokens = reinterpret_cast<Token*>(columns + 1);
   const T* const weight = static_cast<const T*>(p.weight);
 
-  fill_columns(*columns, p.images, k);
-  fill_tokens(tokens, g, first, kTile, g.tokens);
+  const int unit = p.images.unit_for(first, first + kTile);
+  fill_columns(*columns, p.images, unit, k);
+  fill_tokens(tokens, p.images, first, kTile, g.tokens);
   Sums d = {};
   run_pipeline((p.embed + kStep - 1) / kStep, [](int) {},
                [&](int step, int stage) {
@@ -268,8 +268,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   float* const out = reinterpret_cast<float*>(memory);
   spread_sums(d, out);
   T* const pixels = static_cast<T*>(const_cast<void*>(p.images.data));
-  with_unit<16 / int(sizeof(T))>(p.images.unit, [&](auto unit) {
-    constexpr int kUnit = decltype(unit)::value, kUnits = kTile / kUnit;
+  with_unit<16 / int(sizeof(T))>(unit, [&](auto constant) {
+    constexpr int kUnit = decltype(constant)::value, kUnits = kTile / kUnit;
     for (int i = int(threadIdx.x); i < kTile * kUnits; i += kThreads) {
       const Unit u = columns->unit[i % kUnits];
       const Token& t = tokens[i / kUnits];
@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
 #pragma unroll
       for (int j = 0; j < kUnit; ++j)
         v.set(j, out[i / kUnits * kOutStride + i % kUnits * kUnit + j]);
-      v.store(pixels + t.origin + u.offset);
+      v.store(pixels + p.images.offset(u, t));
     }
   });
 }

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "patch_embed_bwd.cuh"
+#include "patch_places.cuh"
 
 namespace vitkit::patch_embed {
 
@@ -21,6 +22,12 @@ struct Call {
   bool position_of_prefix;  // the first rows of position are those of the prefix
   float eps;
   const double *mean, *std;  // of bytes, [channels], on the host; null: 0 and 1
+
+  // Of a packed call: one image without a prefix, whose patches lie where [tokens, kPlaceColumns]
+  // says; null otherwise.
+  const int64_t* places;
+  int64_t pixel_count;
+  int position_rows;  // 0 without positions
 
   int chunk() const { return 16 / bytes_of(type); }
   int out_rows() const { return prefixes + g.patches; }
@@ -57,14 +64,21 @@ struct Buffers {
   int stride;  // of a prepared row
   unsigned char* prepared;
   float *tables, *shift, *sums;
+  Token* tokens;
+  int *units, *positions;
+  Slot* by_position;
 
-  Buffers(const Call& c, Workspace& w, bool product, bool sums_wanted)
+  Buffers(const Call& c, Workspace& w, bool product, bool sums_wanted, bool positions_wanted)
       : stride(int(rounded_up(c.g.depth(), c.chunk()))),
         prepared(w.take<unsigned char>(
             product && c.prepares() ? int64_t(c.embed) * stride * bytes_of(c.type) : 0)),
         tables(w.take<float>(c.bytes ? 4 * c.g.channels : 0)),
         shift(w.take<float>(product && c.bytes ? c.embed : 0)),
-        sums(w.take<float>(sums_wanted ? int64_t(c.g.tokens) * c.embed : 0)) {}
+        sums(w.take<float>(sums_wanted ? int64_t(c.g.tokens) * c.embed : 0)),
+        tokens(w.take<Token>(c.places ? c.g.tokens : 0)),
+        units(w.take<int>(c.places ? (c.g.tokens + kTokensOfUnit - 1) / kTokensOfUnit : 0)),
+        positions(w.take<int>(c.places ? c.g.tokens : 0)),
+        by_position(w.take<Slot>(c.places && positions_wanted ? c.g.tokens : 0)) {}
 };
 
 inline double scale_of(const Call& c) {
@@ -96,8 +110,19 @@ inline const char* launch_tables(const Call& c, float* tables, Stream stream) {
   return error;
 }
 
+inline const char* launch_places(const Call& c, const Buffers& b, Stream stream) {
+  if (!c.places) return nullptr;
+  const PlacesParams p{c.places, c.g,     c.pixel_count, c.position_rows,
+                       b.tokens, b.units, b.positions,   b.by_position};
+  const unsigned tiles = unsigned(c.g.tokens + kTokensOfUnit - 1) / kTokensOfUnit;
+  return launch_kernel(&patch_places_kernel, tiles, kTokensOfUnit, 0, stream, p);
+}
+
+// What the products need of bytes, of packed tokens and of the weight.
 inline const char* launch_prepare(const Call& c, const Buffers& b, Stream stream) {
-  if (!b.prepared) return nullptr;
+  const char* error = launch_tables(c, b.tables, stream);
+  if (!error) error = launch_places(c, b, stream);
+  if (error || !b.prepared) return error;
   const PrepareParams p{c.g, c.weight, b.prepared, b.stride, c.bias, b.tables, b.shift};
   return with_element(c.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -105,14 +130,14 @@ inline const char* launch_prepare(const Call& c, const Buffers& b, Stream stream
   });
 }
 
-inline Images images_of(const Call& c, const void* data, const float* tables) {
+inline Images images_of(const Call& c, const Buffers& b, const void* data) {
   const int bytes = c.bytes ? 1 : bytes_of(c.type);
-  return {c.g, data, tables, unit_of(c.g, data, bytes, c.chunk())};
+  return {c.g, data, b.tables, unit_of(c.g, data, bytes, c.chunk()), b.tokens, b.units};
 }
 
 inline Params params_of(const Call& c, const Buffers& b, void* out) {
   Params p{};
-  p.images = images_of(c, c.pixels, b.tables);
+  p.images = images_of(c, b, c.pixels);
   p.weight = b.prepared ? b.prepared : c.weight;
   p.weight_stride = b.prepared ? b.stride : c.g.depth();
   p.embed = c.embed;
@@ -129,6 +154,7 @@ inline Params params_of(const Call& c, const Buffers& b, void* out) {
     p.packs = p.packs && reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
   p.prefixes = c.prefixes;
   p.position_first = c.position_of_prefix ? c.prefixes : 0;
+  p.positions = b.positions;
   p.out = out;
   return p;
 }
@@ -168,14 +194,13 @@ inline const char* launch_project(const Call& c, const Params& p, Stream stream)
 struct ForwardBuffers : Workspace, Buffers {
   ForwardBuffers(const Call& c, void* base)
       : Workspace(base),
-        Buffers(c, static_cast<Workspace&>(*this), true, c.has_norm() && c.embed > kTile) {}
+        Buffers(c, static_cast<Workspace&>(*this), true, c.has_norm() && c.embed > kTile, false) {}
 };
 
 // out [images, prefixes + patches, embed]; workspace of ForwardBuffers(c, nullptr).bytes().
 inline const char* patch_forward(const Call& c, void* out, void* workspace, Stream stream) {
   const ForwardBuffers b(c, workspace);
-  const char* error = launch_tables(c, b.tables, stream);
-  if (!error) error = launch_prepare(c, b, stream);
+  const char* error = launch_prepare(c, b, stream);
   if (error) return error;
   Params p = params_of(c, b, out);
   if (!b.sums) return launch_project(c, p, stream);
@@ -193,7 +218,7 @@ inline const char* patch_forward(const Call& c, void* out, void* workspace, Stre
 // ---- backward ----
 
 struct Gradients {
-  void* images;  // like the images; null: not wanted
+  void* images;  // like the images, of a packed call zeros; null: not wanted
   void* weight;  // [embed, depth]; null: neither it nor bias is wanted
   SmallGradient bias, norm_weight, norm_bias, position, prefix;
 };
@@ -209,7 +234,8 @@ struct BackwardBuffers : Workspace, Buffers {
 
   BackwardBuffers(const Call& c, const Gradients& to, const void* grad, void* base)
       : Workspace(base),
-        Buffers(c, static_cast<Workspace&>(*this), c.has_norm() || to.images, c.has_norm()),
+        Buffers(c, static_cast<Workspace&>(*this), c.has_norm() || to.images, c.has_norm(),
+                to.position.data),
         dz_stride(int(rounded_up(c.embed, c.chunk()))),
         norm_blocks((c.g.tokens + kNormTokens - 1) / kNormTokens) {
     const int64_t tiles =
@@ -252,13 +278,8 @@ const char* launch_dz(const Call& c, const Gradients& to, const BackwardBuffers&
 template <typename T, typename Pixel>
 const char* launch_dweight(const Call& c, const Gradients& to, const BackwardBuffers& b,
                            const TokenRows& dz, Stream stream) {
-  const WeightParams p{images_of(c, c.pixels, b.tables),
-                       dz,
-                       c.embed,
-                       c.g.depth(),
-                       b.tokens_of_split,
-                       b.partial,
-                       b.partial_bias};
+  const WeightParams p{images_of(c, b, c.pixels), dz,        c.embed,       c.g.depth(),
+                       b.tokens_of_split,         b.partial, b.partial_bias};
   const int64_t tiles =
       rounded_up(c.embed, kTile) / kTile * (rounded_up(c.g.depth(), kTile) / kTile);
   if (tiles * b.splits > 0x7fffffff) return "more than 2^31 - 1 blocks";
@@ -274,7 +295,7 @@ const char* launch_dweight(const Call& c, const Gradients& to, const BackwardBuf
 template <typename T>
 const char* launch_dimages(const Call& c, const Gradients& to, const BackwardBuffers& b,
                            const TokenRows& dz, Stream stream) {
-  const ImageParams p{images_of(c, to.images, nullptr), dz, b.prepared ? b.prepared : c.weight,
+  const ImageParams p{images_of(c, b, to.images), dz, b.prepared ? b.prepared : c.weight,
                       b.prepared ? b.stride : c.g.depth(), c.embed};
   const int64_t blocks =
       rounded_up(c.g.tokens, kTile) / kTile * (rounded_up(c.g.depth(), kTile) / kTile);
@@ -283,12 +304,33 @@ const char* launch_dimages(const Call& c, const Gradients& to, const BackwardBuf
                        p);
 }
 
+// Gradients of positions and prefix tokens.
+template <typename T>
+const char* launch_token_sums(const Call& c, const Gradients& to, const BackwardBuffers& b,
+                              const void* grad, Stream stream) {
+  if (c.places) {
+    const bool aligned = reinterpret_cast<uintptr_t>(grad) % (kPositionPack * sizeof(T)) == 0;
+    const PositionSumParams p{
+        grad,       b.by_position, c.g.tokens, c.embed, aligned && c.embed % kPositionPack == 0,
+        to.position};
+    const int64_t blocks = int64_t(c.position_rows) * p.column_blocks();
+    if (blocks > 0x7fffffff) return "more than 2^31 - 1 blocks";
+    return launch_kernel(&patch_position_sum_kernel<T>, unsigned(blocks), kPositionThreads, 0,
+                         stream, p);
+  }
+  const int64_t count = int64_t(c.out_rows()) * c.embed;
+  const TokenSumParams p{grad,        c.images,   c.out_rows(),
+                         c.embed,     c.prefixes, c.position_of_prefix ? 0 : c.prefixes,
+                         to.position, to.prefix};
+  return launch_kernel(&patch_token_sum_kernel<T>, unsigned((count + kThreads - 1) / kThreads),
+                       kThreads, 0, stream, p);
+}
+
 // grad [images, prefixes + patches, embed], dense.
 inline const char* patch_backward(const Call& c, const Gradients& to, const void* grad,
                                   void* workspace, Stream stream) {
   const BackwardBuffers b(c, to, grad, workspace);
-  const char* error = launch_tables(c, b.tables, stream);
-  if (!error) error = launch_prepare(c, b, stream);
+  const char* error = launch_prepare(c, b, stream);
   if (error) return error;
   return with_pixels(c, [&](auto* type, auto* pixel) -> const char* {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -305,14 +347,8 @@ inline const char* patch_backward(const Call& c, const Gradients& to, const void
     if constexpr (std::is_same_v<T, Pixel>) {
       if (!failed && to.images) failed = launch_dimages<T>(c, to, b, dz, stream);
     }
-    if (!failed && (to.position.data || to.prefix.data)) {
-      const int64_t count = int64_t(c.out_rows()) * c.embed;
-      const TokenSumParams p{grad,        c.images,   c.out_rows(),
-                             c.embed,     c.prefixes, c.position_of_prefix ? 0 : c.prefixes,
-                             to.position, to.prefix};
-      failed = launch_kernel(&patch_token_sum_kernel<T>,
-                             unsigned((count + kThreads - 1) / kThreads), kThreads, 0, stream, p);
-    }
+    if (!failed && (to.position.data || to.prefix.data))
+      failed = launch_token_sums<T>(c, to, b, grad, stream);
     return failed;
   });
 }

@@ -2,9 +2,10 @@
 // memory.
 //
 // Element k of a patch of token m is pixel origin(m) + offset(k): neither images nor patches are
-// copied, whatever the strides. Neighbours in memory are moved in units, the largest that every
-// line of every patch is a multiple of; a unit of 16 bytes goes by an asynchronous copy. Bytes
-// enter as x - centre, which is exact in every type.
+// copied, whatever the strides. Tokens of a packed call (patch_places.cuh) bring strides of their
+// own. Neighbours in memory are moved in units, the largest that every line of every patch is a
+// multiple of; a unit of 16 bytes goes by an asynchronous copy. Bytes enter as x - centre, which is
+// exact in every type.
 #pragma once
 
 #include <algorithm>
@@ -12,9 +13,11 @@
 
 #include "element.cuh"
 #include "mma.cuh"
+#include "reduce.cuh"
 
 namespace vitkit::patch_embed {
 
+// Of a packed call: one image of as many patches, the strides of channels and rows are 0.
 struct Geometry {
   int64_t image, channel, frame, row, column;  // strides, in elements
   int frames, rows, columns;                   // of an image
@@ -47,11 +50,13 @@ struct Place {
   }
 };
 
-// Of the first element of each unit of a tile's columns.
+// Of the first element of each unit of a tile's columns. No token has the frame of a unit that does
+// not exist.
 struct Unit {
   int64_t offset;
-  uint16_t frame, row, column, exists;
+  uint16_t frame, row, column, channel;
 };
+constexpr int kNoFrame = 65535;
 
 template <int kColumns>
 struct Columns {
@@ -59,22 +64,45 @@ struct Columns {
   float centre[kColumns], padding[kColumns];  // of bytes
 };
 
-// The pixel where a token's patch begins, and how much of the image is left from there.
-struct Token {
-  int64_t origin;
-  int frames, rows, columns, exists;
+// The pixel where a token's patch begins, strides beside those of the geometry, and how much of the
+// patch lies inside the image: nothing of a token that does not exist.
+struct alignas(16) Token {
+  int64_t origin, channel, row;
+  uint16_t frames, rows, columns;
 };
+
+constexpr int kTokensOfUnit = 128;
 
 struct Images {
   Geometry g;
   const void* data;
-  const float* bytes;  // [2, channels], centre and padding of bytes; null for other pixels
-  int unit;            // elements
+  const float* bytes;   // [2, channels], centre and padding of bytes; null for other pixels
+  int unit;             // elements, at most
+  const Token* tokens;  // of a packed call, [tokens]; null otherwise
+  const int* units;     // of each kTokensOfUnit of them
+
+  __device__ __forceinline__ int64_t offset(const Unit& u, const Token& t) const {
+    const int64_t at = t.origin + u.offset;
+    return tokens ? at + u.channel * t.channel + u.row * t.row : at;
+  }
+
+  // The largest unit for tokens [first, end), by whole warps.
+  __device__ __forceinline__ int unit_for(int first, int end) const {
+    if (!tokens) return unit;
+    int least = unit;
+    for (int i = first / kTokensOfUnit + lane_id(); i * kTokensOfUnit < end; i += kWarp)
+      least = min(least, units[i]);
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2)
+      least = min(least, __shfl_xor_sync(0xffffffffu, least, offset));
+    return least;
+  }
 };
 
 // Columns [first, first + kColumns) of the operand, by the whole block.
 template <int kColumns>
-__device__ __forceinline__ void fill_columns(Columns<kColumns>& to, const Images& p, int first) {
+__device__ __forceinline__ void fill_columns(Columns<kColumns>& to, const Images& p, int unit,
+                                             int first) {
   const Geometry& g = p.g;
   const int depth = g.depth();
   for (int i = int(threadIdx.x); i < kColumns; i += int(blockDim.x)) {
@@ -84,29 +112,40 @@ __device__ __forceinline__ void fill_columns(Columns<kColumns>& to, const Images
       to.centre[i] = exists ? p.bytes[at.channel] : 0.f;
       to.padding[i] = exists ? p.bytes[g.channels + at.channel] : 0.f;
     }
-    if (i % p.unit == 0)
-      to.unit[i / p.unit] = {
+    if (i % unit == 0)
+      to.unit[i / unit] = {
           at.channel * g.channel + at.frame * g.frame + at.row * g.row + at.column * g.column,
-          uint16_t(at.frame), uint16_t(at.row), uint16_t(at.column), uint16_t(exists)};
+          uint16_t(exists ? at.frame : kNoFrame), uint16_t(at.row), uint16_t(at.column),
+          uint16_t(at.channel)};
   }
 }
 
 // Tokens [first, first + count), those from `end` on do not exist.
-__device__ __forceinline__ void fill_tokens(Token* to, const Geometry& g, int first, int count,
+__device__ __forceinline__ void fill_tokens(Token* to, const Images& p, int first, int count,
                                             int end) {
+  const Geometry& g = p.g;
   for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
-    const bool exists = first + i < end;
-    const int m = exists ? first + i : 0, n = m % g.patches;
+    const int m = first + i, n = m % g.patches;
+    if (m >= end) {
+      to[i] = {};
+      continue;
+    }
+    if (p.tokens) {
+      to[i] = p.tokens[m];
+      continue;
+    }
     const int column = n % g.grid_columns * g.patch_columns;
     const int row = n / g.grid_columns % g.grid_rows * g.patch_rows;
     const int frame = n / g.grid_columns / g.grid_rows * g.patch_frames;
-    to[i] = {m / g.patches * g.image + frame * g.frame + row * g.row + column * g.column,
-             g.frames - frame, g.rows - row, g.columns - column, exists};
+    to[i].origin = m / g.patches * g.image + frame * g.frame + row * g.row + column * g.column;
+    to[i].frames = uint16_t(min(g.frames - frame, g.patch_frames));
+    to[i].rows = uint16_t(min(g.rows - row, g.patch_rows));
+    to[i].columns = uint16_t(min(g.columns - column, g.patch_columns));
   }
 }
 
 __device__ __forceinline__ bool inside(const Unit& u, const Token& t) {
-  return u.exists && t.exists && u.frame < t.frames && u.row < t.rows && u.column < t.columns;
+  return u.frame < t.frames && u.row < t.rows && u.column < t.columns;
 }
 
 // f(std::integral_constant<int, unit>) for a unit of at most kMost elements.
@@ -128,32 +167,35 @@ struct Gather {
 
   alignas(16) Pixel raw[kItems][kChunk];
   unsigned present = 0;  // a bit for each unit of raw
+  const int unit;        // elements
+
+  __device__ __forceinline__ explicit Gather(int unit) : unit(unit) {}
 
   static __device__ __forceinline__ int row(int i) {
     return int(threadIdx.x) / kChunks + i * (kThreads / kChunks);
   }
   static __device__ __forceinline__ int chunk() { return int(threadIdx.x) % kChunks; }
-  static __device__ __forceinline__ bool asynchronous(const Images& p) {
-    return std::is_same_v<T, Pixel> && p.unit == kChunk;
+  __device__ __forceinline__ bool asynchronous() const {
+    return std::is_same_v<T, Pixel> && unit == kChunk;
   }
 
   __device__ __forceinline__ void fetch(const SharedTile<T, kColumns>& tile, const Images& p,
                                         const Token* tokens, const Columns<kColumns>& columns) {
     const Pixel* const pixels = static_cast<const Pixel*>(p.data);
-    if (asynchronous(p)) {
+    if (asynchronous()) {
       const Unit u = columns.unit[chunk()];
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         const Token& t = tokens[row(i)];
         const bool exists = inside(u, t);
-        ptx::copy_async(tile.address(row(i), chunk()),
-                        exists ? pixels + t.origin + u.offset : pixels, exists);
+        ptx::copy_async(tile.address(row(i), chunk()), exists ? pixels + p.offset(u, t) : pixels,
+                        exists);
       }
       return;
     }
     present = 0;
-    with_unit<kChunk>(p.unit, [&](auto unit) {
-      constexpr int kUnit = decltype(unit)::value;
+    with_unit<kChunk>(unit, [&](auto constant) {
+      constexpr int kUnit = decltype(constant)::value;
       using P = Pack<Pixel, kUnit>;
 #pragma unroll
       for (int j = 0; j < kChunk / kUnit; ++j) {
@@ -162,7 +204,7 @@ struct Gather {
         for (int i = 0; i < kItems; ++i) {
           const Token& t = tokens[row(i)];
           if (!inside(u, t)) continue;
-          const P v = P::load(pixels + t.origin + u.offset);
+          const P v = P::load(pixels + p.offset(u, t));
 #pragma unroll
           for (int k = 0; k < kUnit; ++k) raw[i][j * kUnit + k] = v.element[k];
           present |= 1u << (i * kChunk + j);
@@ -171,11 +213,11 @@ struct Gather {
     });
   }
 
-  __device__ __forceinline__ void store(const SharedTile<T, kColumns>& tile, const Images& p,
+  __device__ __forceinline__ void store(const SharedTile<T, kColumns>& tile,
                                         const Columns<kColumns>& columns) const {
-    if (asynchronous(p)) return;
-    with_unit<kChunk>(p.unit, [&](auto unit) {
-      constexpr int kUnit = decltype(unit)::value;
+    if (asynchronous()) return;
+    with_unit<kChunk>(unit, [&](auto constant) {
+      constexpr int kUnit = decltype(constant)::value;
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         Pack<T, kChunk> out;

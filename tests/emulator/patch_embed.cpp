@@ -29,7 +29,23 @@ size_t emulated_size(int which) {
   return sizes[which];
 }
 
-int emulated_unit(const Call* c) { return images_of(*c, c->pixels, nullptr).unit; }
+int emulated_unit(const Call* c) {
+  return images_of(*c, ForwardBuffers(*c, nullptr), c->pixels).unit;
+}
+
+void emulated_packed_geometry(Geometry* g, int tokens, int channels, int rows, int columns) {
+  *g = packed_geometry(tokens, channels, rows, columns);
+}
+
+// Of each tile of a packed call.
+const char* emulated_units(const Call* c, int* units, uint64_t seed) {
+  const Memory workspace(ForwardBuffers(*c, nullptr).bytes());
+  const ForwardBuffers b(*c, workspace.data);
+  const char* error = launch_places(*c, b, {seed});
+  const int tiles = (c->g.tokens + kTokensOfUnit - 1) / kTokensOfUnit;
+  for (int i = 0; i < tiles; ++i) units[i] = std::min(images_of(*c, b, c->pixels).unit, b.units[i]);
+  return error;
+}
 
 const char* emulated_forward(const Call* c, void* out, uint64_t seed) {
   const Memory workspace(ForwardBuffers(*c, nullptr).bytes());

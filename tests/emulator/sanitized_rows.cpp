@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <memory>
 #include <random>
+#include <vector>
 
 using namespace vitkit;
 
@@ -34,8 +35,9 @@ struct Memory {
   RowTensor rows(int64_t stride) const { return {get(), element(), stride}; }
   SmallGradient gradient() const { return {get(), element()}; }
   static Element element() { return sizeof(T) == 4 ? Element::f32 : Element::bf16; }
-  bool finite() const {
-    for (size_t i = 0; i < count; ++i)
+  bool finite() const { return finite(count); }
+  bool finite(size_t first) const {
+    for (size_t i = 0; i < first; ++i)
       if (!std::isfinite(to_float(data[i]))) return false;
     return true;
   }
@@ -85,10 +87,12 @@ bool normalise_rows(int width, int64_t rows, bool sums_wanted, uint64_t seed) {
   return report("layer_norm", error, y.finite() && dx.finite() && (small || !sums_wanted));
 }
 
-// Three images of 2 x 3 patches, a class token; embed is one tile.
-bool embed_patches(int embed, bool bytes, bool norm, uint64_t seed) {
+// Three images of 2 x 3 patches, a class token; embed is one tile. Packed: without it, and with
+// three tokens of broken places behind them, whose rows are NaN.
+bool embed_patches(int embed, bool bytes, bool norm, bool packed, uint64_t seed) {
   namespace pe = vitkit::patch_embed;
   constexpr int kImages = 3, kRows = 8, kColumns = 12, kPatch = 4, kDepth = 3 * kPatch * kPatch;
+  constexpr int kPatches = kRows * kColumns / (kPatch * kPatch), kBroken = 3;
   const size_t e = size_t(embed), pixels = kImages * 3 * kRows * kColumns;
   const Half images = Half::normal(pixels), dimages(pixels), weight = Half::normal(e * kDepth),
              dweight(e * kDepth), bias = Half::normal(e), position = Half::normal(7 * e),
@@ -126,6 +130,25 @@ bool embed_patches(int embed, bool bytes, bool norm, uint64_t seed) {
   c.prefixes = 1;
   c.position_of_prefix = true;
   c.eps = 1e-6f;
+  std::vector<int64_t> places;
+  if (packed) {
+    for (int64_t m = 0; m < kImages * kPatches; ++m) {
+      const int64_t patch = m % kPatches, row = patch / 3 * kPatch, column = patch % 3 * kPatch;
+      const int64_t origin = m / kPatches * 3 * kRows * kColumns + row * kColumns + column;
+      places.insert(places.end(), {origin, kRows * kColumns, kColumns, 99, kPatch, patch});
+    }
+    places.insert(places.end(), {int64_t(pixels) - 1, 0, 0, 1, 2, 0});
+    places.insert(places.end(), {0, int64_t(1) << 60, kColumns, kPatch, kPatch, 0});
+    places.insert(places.end(), {0, kRows * kColumns, kColumns, kPatch, kPatch, kPatches + 1});
+    c.g = pe::packed_geometry(kImages * kPatches + kBroken, 3, kPatch, kPatch);
+    c.images = 1;
+    c.places = places.data();
+    c.pixel_count = int64_t(pixels);
+    c.prefixes = 0;
+    c.position_of_prefix = false;
+    c.position_rows = kPatches + 1;
+    std::memset(dimages.get(), 0, pixels * sizeof(__nv_bfloat16));
+  }
   const Memory<unsigned char> workspace(size_t(pe::ForwardBuffers(c, nullptr).bytes()));
   const char* error = pe::patch_forward(c, out.get(), workspace.get(), {seed});
   const SmallGradient none{nullptr, Element::f32};
@@ -135,12 +158,14 @@ bool embed_patches(int embed, bool bytes, bool norm, uint64_t seed) {
                          norm ? dnorm_weight.gradient() : none,
                          norm ? dnorm_bias.gradient() : none,
                          dposition.gradient(),
-                         dprefix.gradient()};
+                         packed ? none : dprefix.gradient()};
   const Memory<unsigned char> more(size_t(pe::BackwardBuffers(c, to, grad.get(), nullptr).bytes()));
   if (!error) error = pe::patch_backward(c, to, grad.get(), more.get(), {seed});
+  const bool finite = packed ? out.finite(kImages * kPatches * e) : out.finite();
   return report("patch_embed", error,
-                out.finite() && (bytes || dimages.finite()) && dweight.finite() && dbias.finite() &&
-                    (!norm || dnorm_weight.finite()) && dposition.finite() && dprefix.finite());
+                finite && (bytes || dimages.finite()) && dweight.finite() && dbias.finite() &&
+                    (!norm || dnorm_weight.finite()) && dposition.finite() &&
+                    (packed || dprefix.finite()));
 }
 
 }  // namespace
@@ -148,8 +173,9 @@ bool embed_patches(int embed, bool bytes, bool norm, uint64_t seed) {
 int main() {
   bool ok = normalise_rows(40, 11, true, 1);
   ok &= normalise_rows(1152, 2, false, 2);
-  ok &= embed_patches(8, false, true, 3);
-  ok &= embed_patches(5, true, false, 4);
+  ok &= embed_patches(8, false, true, false, 3);
+  ok &= embed_patches(5, true, false, false, 4);
+  ok &= embed_patches(8, false, false, true, 5);
   std::printf(ok ? "done\n" : "failed\n");
   return ok ? 0 : 1;
 }
