@@ -257,6 +257,7 @@ TABLE: dict[str, list[Mutant]] = {
         _m("tiles_of_the_first_round", "const int tile = (first + i) * kTokensOfUnit;",
            "const int tile = i * kTokensOfUnit;"),
         _m("lists_of_warps_collide", "if (w < int(threadIdx.x) / kWarp) sum += of_warp[w];", ""),
+        _m("columns_of_the_first_block", "int(blockIdx.x) % p.column_blocks() * kThreads + i", "i"),
         _m("tokens_of_the_next_position", "lower_bound(p.by_position, begin, end, row + 1)",
            "lower_bound(p.by_position, begin, end, row + 2)"),
     ],

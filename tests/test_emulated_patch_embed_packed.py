@@ -197,23 +197,35 @@ def test_emulated_padded_batch(library):
     check(library, places[places[:, 4] == 8], tensors)  # rows half a unit apart
 
 
+def check_positions(library, index, embed, rows):
+    """The gradient of positions alone."""
+    tokens = len(index)
+    places = torch.tensor([[0, 1, 1, 1, 1, 0]]).repeat(tokens, 1)
+    places[:, 5] = index
+    tensors = [torch.ones(1), torch.ones(embed, 1, 1, 1), *[None] * 3, torch.ones(rows, embed)]
+    cotangent = torch.randn(tokens, embed)
+    (got,) = gradients_of(library, places, tensors, cotangent, wanted=("pos_embed",))
+    want = torch.zeros(rows, embed, dtype=torch.float64).index_add_(0, index, cotangent.double())
+    near = torch.zeros(rows, embed).index_add_(0, index, cotangent)
+    assert_parity("dpos_embed", got, near, want, terms=tokens)
+    assert not got[want == 0].any()
+
+
 def test_emulated_positions_that_many_tokens_share(library):
     """More tokens than a block looks through or lists at a time; a row that only the last tokens
     have, and one of none."""
     torch.manual_seed(0)
-    tokens, embed, rows = 33000, 5, 4
-    places = torch.tensor([[0, 1, 1, 1, 1, 0]]).repeat(tokens, 1)
-    places[:, 5] = torch.randint(rows - 2, (tokens,))
-    places[:500, 5] = 0
-    places[32900:, 5] = rows - 2
-    tensors = [torch.ones(1), torch.ones(embed, 1, 1, 1), *[None] * 3, torch.ones(rows, embed)]
-    cotangent = torch.randn(tokens, embed)
-    want = torch.zeros(rows, embed, dtype=torch.float64)
-    want.index_add_(0, places[:, 5], cotangent.double())
-    near = torch.zeros(rows, embed).index_add_(0, places[:, 5], cotangent)
-    (got,) = gradients_of(library, places, tensors, cotangent, wanted=("pos_embed",))
-    assert_parity("dpos_embed", got, near, want, terms=tokens)
-    assert not got[rows - 1].any()
+    index = torch.randint(2, (33000,))
+    index[:500] = 0
+    index[32900:] = 2
+    check_positions(library, index, 5, 4)
+
+
+@pytest.mark.parametrize("embed", [1030, 1032], ids=["one_by_one", "packs"])
+def test_emulated_positions_of_wide_tokens(library, embed):
+    """Columns of two blocks."""
+    torch.manual_seed(0)
+    check_positions(library, torch.tensor([1, 0, 1, 3, 1]), embed, 4)
 
 
 BROKEN = {
@@ -295,5 +307,6 @@ def catch(csrc):
         test_emulated_packed(broken, case)
     test_emulated_padded_batch(broken)
     test_emulated_positions_that_many_tokens_share(broken)
+    test_emulated_positions_of_wide_tokens(broken, 1032)
     for name in ORDERED:
         order_changes_nothing(broken, CASES[name])

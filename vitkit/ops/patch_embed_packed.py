@@ -5,7 +5,8 @@
 Everything else is as in patch_embed. The kernels see pixels, a flat tensor, and places, one row per
 token: (first pixel of its patch, stride of channels, stride of rows, rows and columns inside the
 image, row of the position embedding). Patches at the right and bottom end that are not whole are
-filled with zeros (after normalisation) if pad is true.
+filled with zeros (after normalisation) if pad is true. Of places outside the pixels, the C++
+operators touch nothing: the CPU refuses them, on CUDA their tokens are NaN.
 """
 
 from __future__ import annotations
