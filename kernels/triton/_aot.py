@@ -199,16 +199,15 @@ def table(archs: tuple[str, ...] = tuple(TARGETS), names: tuple[str, ...] = ()) 
     """One row per kernel, for the calls whose name contains one of ``names`` (all if empty)."""
     for module in MODULES:
         specs = importlib.import_module(f"{__package__}.{module}").aot_specs()
-        for spec in specs:
-            if names and not any(name in spec.name for name in names):
-                continue
-            for arch in archs:
-                launches = spec.launches(Device.typical(arch))
-                kernels = [compile_launch(launch, arch) for launch in launches]
-                for launch, facts in zip(launches, inspect(kernels, arch), strict=True):
-                    expects = spec.matmul and not _PRODUCT.isdisjoint(launch.constants)
-                    name = launch.kernel.__name__
-                    yield Row(spec.name, name, arch, expects_matmul=expects, **facts)
+        wanted = [s for s in specs if not names or any(name in s.name for name in names)]
+        for arch in archs if wanted else ():
+            device = Device.typical(arch)
+            calls = [(spec, launch) for spec in wanted for launch in spec.launches(device)]
+            kernels = [compile_launch(launch, arch) for _, launch in calls]
+            for (spec, launch), facts in zip(calls, inspect(kernels, arch), strict=True):
+                expects = spec.matmul and not _PRODUCT.isdisjoint(launch.constants)
+                name = launch.kernel.__name__
+                yield Row(spec.name, name, arch, expects_matmul=expects, **facts)
 
 
 def main() -> None:
