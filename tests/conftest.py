@@ -23,7 +23,8 @@ def pytest_configure(config):
 # With two processes and a file at a time (make test), the longest files must not come last.
 LONGEST = (
     "test_native_kernels", "test_triton_aot", "test_emulated_mutants", "test_emulated_sanitizers",
-    "test_native_mutants", "test_emulated_attention", "test_library",
+    "test_native_mutants", "test_emulated_attention", "test_library", "test_dilated_attention",
+    "test_window_attention",
 )  # fmt: skip
 
 

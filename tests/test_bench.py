@@ -157,10 +157,8 @@ def test_a_long_case_says_how_long_it_takes_and_compares_a_sample(monkeypatch, c
 
 
 def test_your_own_shape(capsys):
-    assert (
-        run.main(["--shape", "1x8x6x6", "--groups", "4", "--seconds", "0.02", "--device", "cpu"])
-        == 0
-    )
+    shape = ["--shape", "1x8x6x6", "--groups", "4", "--dtype", "fp32"]
+    assert run.main([*shape, "--seconds", "0.02", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "would run on 'cpu'" in printed and "your shape" in printed
 

@@ -108,8 +108,16 @@ def test_head_dims(device, backend, dtype, head_dim):
     check(tensors, backend, *BRANCHES["gigapath_like"])
 
 
-@pytest.mark.parametrize("heads", [1, 3, 4, 5, 16], ids=lambda h: f"heads_{h}")
-@pytest.mark.parametrize("n", [1, 7, 16, 63, 64, 65], ids=lambda n: f"tokens_{n}")
+# All but the largest: Triton's interpreter takes ten seconds for each.
+@pytest.mark.parametrize(
+    ("n", "heads"),
+    [
+        pytest.param(n, heads, id=f"tokens_{n}-heads_{heads}")
+        for n in (1, 7, 16, 63, 64, 65)
+        for heads in (1, 3, 4, 5, 16)
+        if n * heads < 320
+    ],
+)
 def test_tokens_and_heads(device, backend, n, heads):
     tensors = make(device, torch.float32, n=n, heads=heads, head_dim=8)
     if n == 1:  # one key: grad . v cancels in the gradient of its score, what counts is that of lse

@@ -170,7 +170,8 @@ def test_emulated_thread_order_changes_nothing(library, shape, groups, parts, ca
 
 def catch(csrc):
     """Raises AssertionError if the kernels in ``csrc`` are broken."""
-    broken = load(emulated("group_norm_silu", csrc=csrc, flags=("-shared",)))
+    flags = ("-shared", "-DEMULATED_F32_ONLY")
+    broken = load(emulated("group_norm_silu", csrc=csrc, flags=flags))
     for case in CASES.values():
         test_emulated_forward(broken, torch.float32, *case, True)
         test_emulated_backward(broken, torch.float32, *case)

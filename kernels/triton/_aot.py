@@ -15,6 +15,7 @@ import argparse
 import importlib
 import json
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -49,6 +50,8 @@ TARGETS = {
     "sm100": GPUTarget("cuda", 100, 32),
     "hip": GPUTarget("hip", "gfx942", 64),
 }
+# What nvdisasm calls them.
+_NVDISASM = {"sm80": "SM80", "sm86": "SM86", "sm90": "SM90a", "sm100": "SM100a"}
 # Bytes one block may use: CUDA C programming guide, compute capabilities; LDS of CDNA 3.
 SHARED_LIMIT = {
     "sm80": 163 << 10,
@@ -61,10 +64,11 @@ _MATMUL = re.compile(r"HMMA|HGMMA|QGMMA|UTC\w*MMA|v_mfma")
 _SPILL = re.compile(r"LDL|STL|scratch_")
 _LOAD = re.compile(r"LDG(?!DEPBAR)|UTMALDG|UBLKCP|(global|buffer)_load")
 _WIDE = re.compile(r"\.(64|128)\b|x[24]\b|UTMALDG|UBLKCP")
-# Labels and instruction names of nvdisasm and of AMD's assembler.
-_SASS = re.compile(
-    r"^(?:(\.L_x_\d+):|\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*))", re.M
-)
+# Address, name and operands of nvdisasm's instructions; where a branch goes; labels and names of
+# AMD's assembler.
+_SASS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;\n]*)", re.M)
+_BRANCH = re.compile(r"(?:BRA|BSSY|CALL|JMP)\b")
+_TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
 _GCN = re.compile(r"^(?:(\.LBB\w+):|\s+([a-z]\w+))", re.M)
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -109,70 +113,101 @@ def compile_launch(launch: Launch, arch: str) -> Any:
     return triton.compile(source, target=TARGETS[arch], options=options.__dict__)
 
 
-def _nvidia(cubin: bytes) -> tuple[int, str]:
+def _tool(name: str, *arguments: str) -> str:
+    command = [str(_BIN / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _registers(compiled: Any, arch: str) -> int:
+    if arch == "hip":
+        return int(re.findall(r"\.vgpr_count:\s+(\d+)", compiled.asm["amdgcn"])[0])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(compiled.asm["cubin"])
         file.flush()
-
-        def tool(name: str, option: str) -> str:
-            command = [str(_BIN / name), option, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage = re.search(r"REG:(\d+)", tool("cuobjdump", "-res-usage"))
-        code = tool("nvdisasm", "-c")
+        usage = re.search(r"REG:(\d+)", _tool("cuobjdump", "-res-usage", file.name))
     if usage is None:
         raise RuntimeError("cuobjdump -res-usage: no register count in its output")
-    return int(usage.group(1)), code
+    return int(usage.group(1))
 
 
-def _blocks(compiled: Any, arch: str) -> tuple[int, list[list[str]]]:
-    """(registers, instruction names of each block between two labels)."""
-    if arch == "hip":
-        code = compiled.asm["amdgcn"]
-        registers, pattern = int(re.findall(r"\.vgpr_count:\s+(\d+)", code)[0]), _GCN
-    else:
-        registers, code = _nvidia(compiled.asm["cubin"])
-        pattern = _SASS
+def _text(cubin: bytes) -> bytes:
+    """The instructions in an ELF file of 64 bits."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    count, of_names = struct.unpack_from("<HH", cubin, 0x3C)
+    # name, type, flags, address, offset, size, ...
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + 64 * i) for i in range(count)]
+    names = cubin[sections[of_names][4] :]
+    code = [s for s in sections if names.startswith(b".text.", s[0])]
+    return b"".join(cubin[offset : offset + size] for *_, offset, size in code)
+
+
+def _sass(cubins: list[bytes], arch: str) -> Iterator[list[list[str]]]:
+    """Instruction names of each block of each kernel. One call of nvdisasm for all: it takes longer
+    to start than to disassemble."""
+    codes = [_text(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
+        file.flush()
+        listing = _SASS.findall(_tool("nvdisasm", "--binary", _NVDISASM[arch], file.name))
+    branches = (_TARGET.search(rest) for _, name, rest in listing if _BRANCH.match(name))
+    targets = {int(target.group(1), 16) for target in branches if target}
+    at = end = 0
+    for code in codes:
+        end += len(code)
+        blocks: list[list[str]] = [[]]
+        while at < len(listing) and int(listing[at][0], 16) < end:
+            if int(listing[at][0], 16) in targets:
+                blocks.append([])
+            blocks[-1].append(listing[at][1])
+            at += 1
+        yield blocks
+
+
+def _gcn(assembly: str) -> list[list[str]]:
     blocks: list[list[str]] = [[]]
-    for label, name in pattern.findall(code):
+    for label, name in _GCN.findall(assembly):
         if label:
             blocks.append([])
         else:
             blocks[-1].append(name)
-    return registers, blocks
+    return blocks
 
 
-def inspect(compiled: Any, arch: str) -> dict[str, int]:
-    """The counts of a :class:`Row`."""
-    registers, blocks = _blocks(compiled, arch)
-    hot = [block for block in blocks if any(map(_MATMUL.match, block))]
-    names = [name for block in blocks for name in block]
-    loads = list(filter(_LOAD.match, names))
-    return {
-        "warps": compiled.metadata.num_warps,
-        "registers": registers,
-        "spills": sum(map(bool, map(_SPILL.match, names))),
-        "hot_spills": sum(bool(_SPILL.match(name)) for block in hot for name in block),
-        "shared": compiled.metadata.shared,
-        "matmul": sum(map(bool, map(_MATMUL.match, names))),
-        "loads": len(loads),
-        "wide": sum(map(bool, map(_WIDE.search, loads))),
-    }
+def inspect(kernels: list[Any], arch: str) -> Iterator[dict[str, int]]:
+    """The counts of a :class:`Row` for each compiled kernel."""
+    if arch == "hip":
+        of_kernels = iter([_gcn(compiled.asm["amdgcn"]) for compiled in kernels])
+    else:
+        of_kernels = _sass([compiled.asm["cubin"] for compiled in kernels], arch)
+    for compiled, blocks in zip(kernels, of_kernels, strict=True):
+        hot = [block for block in blocks if any(map(_MATMUL.match, block))]
+        names = [name for block in blocks for name in block]
+        loads = list(filter(_LOAD.match, names))
+        yield {
+            "warps": compiled.metadata.num_warps,
+            "registers": _registers(compiled, arch),
+            "spills": sum(map(bool, map(_SPILL.match, names))),
+            "hot_spills": sum(bool(_SPILL.match(name)) for block in hot for name in block),
+            "shared": compiled.metadata.shared,
+            "matmul": sum(map(bool, map(_MATMUL.match, names))),
+            "loads": len(loads),
+            "wide": sum(map(bool, map(_WIDE.search, loads))),
+        }
 
 
 def table(archs: tuple[str, ...] = tuple(TARGETS), names: tuple[str, ...] = ()) -> Iterator[Row]:
     """One row per kernel, for the calls whose name contains one of ``names`` (all if empty)."""
     for module in MODULES:
         specs = importlib.import_module(f"{__package__}.{module}").aot_specs()
-        for spec in specs:
-            if names and not any(name in spec.name for name in names):
-                continue
-            for arch in archs:
-                for launch in spec.launches(Device.typical(arch)):
-                    facts = inspect(compile_launch(launch, arch), arch)
-                    expects = spec.matmul and not _PRODUCT.isdisjoint(launch.constants)
-                    name = launch.kernel.__name__
-                    yield Row(spec.name, name, arch, expects_matmul=expects, **facts)
+        wanted = [s for s in specs if not names or any(name in s.name for name in names)]
+        for arch in archs if wanted else ():
+            device = Device.typical(arch)
+            calls = [(spec, launch) for spec in wanted for launch in spec.launches(device)]
+            kernels = [compile_launch(launch, arch) for _, launch in calls]
+            for (spec, launch), facts in zip(calls, inspect(kernels, arch), strict=True):
+                expects = spec.matmul and not _PRODUCT.isdisjoint(launch.constants)
+                name = launch.kernel.__name__
+                yield Row(spec.name, name, arch, expects_matmul=expects, **facts)
 
 
 def main() -> None:

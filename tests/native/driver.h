@@ -153,13 +153,13 @@ inline void request_tiles() {
 #endif
 }
 
-// Runs the cases whose name contains the first argument, all without one or, with --first-failure,
-// all up to the first that fails; returns the exit code.
+// Runs the cases whose name contains the argument, all without one; with --first-failure before it,
+// up to the first that fails. Returns the exit code.
 template <typename Run, typename Cases>
 int run_all(int argc, char** argv, const Cases& cases) {
   request_tiles();
   const bool first_failure = argc > 1 && !std::strcmp(argv[1], "--first-failure");
-  const std::string filter = argc > 1 && !first_failure ? argv[1] : "";
+  const std::string filter = argc > 1 + first_failure ? argv[1 + first_failure] : "";
   int run = 0, failed = 0;
   for (ElementType type : {ElementType::f32, ElementType::bf16, ElementType::f16})
     for (const auto& c : cases(type)) {

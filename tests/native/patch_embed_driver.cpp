@@ -318,7 +318,7 @@ class Run {
 };
 
 std::vector<Case> cases(ElementType type) {
-  const std::string name = std::string(kTypeNames[int(type)]) + " ";
+  const std::string name = std::string(kTypeNames[int(type)]) + "/";
   return {
       {name + "vit", type, 2, 3, 1, 32, 48, 1, 16, 16, 40, false, false, false, 1},
       {name + "vit_bytes", type, 2, 3, 1, 32, 48, 1, 16, 16, 40, true, false, false, 1},
