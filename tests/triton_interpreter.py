@@ -12,7 +12,8 @@ Every fault was probed in 3.6, 3.7, 3.8 and 3.9; ``test_triton_kernels.py`` chec
 * Speed (all four): a call of one jit function by another re-patches ``triton.language`` (1.6 ms),
   each launch copies every storage onto itself, which also touches all pages of tensors larger than
   memory, and 32-bit sums and products are repeated in 64 bits to look for overflow (a third of the
-  time of an attention kernel; an overflow is as visible in the results).
+  time of an attention kernel; an overflow is as visible in the results). What a type or a tensor
+  knows of its shape, and the table of numpy's types, are made anew for every operation.
 """
 
 from __future__ import annotations
@@ -164,6 +165,43 @@ def _skip_needless_work() -> None:
     interpreter.GridExecutor._restore_args_dev = restore
 
 
+def _remember_types() -> None:
+    tensor, block_type = tl.core.tensor, tl.core.block_type
+    new_tensor, new_block, np_dtype = (
+        tensor.__init__, block_type.__init__, interpreter._get_np_dtype,
+    )  # fmt: skip
+    tensors: dict[Any, dict[str, Any]] = {}
+    blocks: dict[Any, dict[str, Any]] = {}
+    np_dtypes: dict[str, np.dtype] = {}
+
+    def init_tensor(self: Any, handle: Any, type: Any) -> None:
+        shape = tuple(type.shape) if type.is_block() else ()
+        if shape not in tensors:
+            new_tensor(self, handle, type)
+            own = ("handle", "type", "dtype")
+            tensors[shape] = {k: v for k, v in vars(self).items() if k not in own}
+        else:
+            vars(self).update(tensors[shape], handle=handle, type=type, dtype=type.scalar)
+
+    def init_block(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *shape)
+        if not all(type(size) is int for size in key[1:]):
+            new_block(self, element_ty, shape)
+        elif key not in blocks:
+            new_block(self, element_ty, shape)
+            blocks[key] = {k: v for k, v in vars(self).items() if k != "element_ty"}
+        else:
+            vars(self).update(blocks[key], element_ty=element_ty)
+
+    def get_np_dtype(dtype: Any) -> np.dtype:
+        if dtype.name not in np_dtypes:
+            np_dtypes[dtype.name] = np_dtype(dtype)
+        return np_dtypes[dtype.name]
+
+    tensor.__init__, block_type.__init__ = init_tensor, init_block
+    interpreter._get_np_dtype = get_np_dtype
+
+
 def install() -> None:
     """Patches ``triton.runtime.interpreter`` in this process; calling it again does nothing."""
     global _installed
@@ -176,3 +214,4 @@ def install() -> None:
     _repair_reductions(interpreter.ScanOps)
     _repair_scalars()
     _skip_needless_work()
+    _remember_types()
