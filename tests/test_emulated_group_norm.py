@@ -115,7 +115,7 @@ CASES = {
     "group_read_again": ((1, 6, 5, 3), 3, 0, False, False),
     "rows_in_parts": ((1, 4, 40, 32), 2, 3, False, False),
     "odd_rows_in_parts": ((2, 3, 7, 11), 1, 4, False, False),
-    "columns": ((2, 16, 5, 3), 4, 2, False, True),
+    "columns": ((2, 16, 5, 3), 8, 2, False, True),  # packs of several groups
     "odd_columns": ((1, 21, 4, 5), 7, 3, False, True),
     "one_position": ((3, 8, 1, 1), 2, 1, False, False),
 }

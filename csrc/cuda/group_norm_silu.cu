@@ -21,6 +21,8 @@ constexpr int64_t kEnoughGroups = 256;
 // Groups up to this many elements are cheaper on one block than three launches for their parts.
 constexpr int64_t kSmallGroup = 1 << 15;
 constexpr int64_t kPartElements = 1 << 14;
+// Of a group on one block, whose elements are counted in 32 bits.
+constexpr int64_t kMostElements = 0x7fffffff;
 
 SmallTensor small(const char* arg, const std::optional<Tensor>& t, const Tensor& x,
                   bool per_sample) {
@@ -56,6 +58,7 @@ Params make_params(const Tensor& x, int64_t num_groups, const std::optional<Tens
   const int64_t n = x.size(0), c = x.size(1);
   STD_TORCH_CHECK(num_groups >= 1 && c > 0 && c % num_groups == 0, kOp,
                   ": num_groups must be at least 1 and divide C = ", c, ", got ", num_groups);
+  STD_TORCH_CHECK(c <= 0x7fffffff, kOp, ": C must be at most 2147483647 on CUDA, got ", c);
   STD_TORCH_CHECK(eps >= 0, kOp, ": eps must be >= 0, got ", eps);
   Params p{};
   p.x = x.const_data_ptr();
@@ -115,15 +118,18 @@ bool packs_fit(const Params& p, const Tensor& x, bool columns) {
          (p.grad == nullptr || aligned(p.grad));
 }
 
-unsigned elementwise_blocks(const Params& p, int pack) {
-  const int64_t packs = p.samples * p.channels * p.positions / pack;
-  return unsigned(std::clamp<int64_t>((packs + kThreads - 1) / kThreads, 1, 1 << 16));
-}
-
 unsigned grid(int64_t blocks, const char* what, int64_t limit = 0x7fffffff) {
   STD_TORCH_CHECK(blocks <= limit, kOp, ": ", what, " must be at most ", limit, " on CUDA, got ",
                   blocks);
   return unsigned(blocks);
+}
+
+// A block for each part of a row, or for each part of kWarp packs of channels.
+dim3 part_blocks(const Params& p, bool columns, int pack) {
+  const unsigned parts = grid(p.parts, "parts", 65535);
+  if (!columns) return dim3(grid(p.samples * p.channels, "N * C"), parts);
+  return dim3(grid((p.channels / pack + kWarp - 1) / kWarp, "C"), parts,
+              grid(p.samples, "N", 65535));
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, int64_t num_groups,
@@ -146,7 +152,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, int64_t num_groups,
   p.rstd = static_cast<float*>(rstd.mutable_data_ptr());
   const Launch launch(x);
   const int64_t group_size = p.channels / p.groups * p.positions, groups = p.samples * p.groups;
-  const bool by_group = !columns && (group_size <= kSmallGroup || groups >= kEnoughGroups);
+  const bool by_group = !columns && (group_size <= kSmallGroup ||
+                                     (groups >= kEnoughGroups && group_size <= kMostElements));
   p.parts = by_group ? 1 : parts_of(p, columns);
   Tensor partial = torch::stable::new_empty(
       x, {by_group ? 0 : p.samples * p.parts * p.channels * 2}, ScalarType::Float);
@@ -164,23 +171,18 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, int64_t num_groups,
              launch.stream()>>>(p, cached);
       return;
     }
-    const unsigned parts = grid(p.parts, "parts", 65535);
+    const dim3 blocks = part_blocks(p, columns, kPack);
     if (columns) {
-      const int64_t packs = (p.channels / kPack + kWarp - 1) / kWarp;
-      const dim3 blocks(grid(packs, "C"), parts, grid(p.samples, "N", 65535));
       column_statistics_kernel<T, kPack><<<blocks, kThreads, 0, launch.stream()>>>(p);
     } else {
-      const dim3 blocks(grid(p.samples * p.channels, "N * C"), parts);
       row_statistics_kernel<T, kPack><<<blocks, kThreads, 0, launch.stream()>>>(p);
     }
     merge_statistics_kernel<<<grid(groups, "N * num_groups"), kThreads, 0, launch.stream()>>>(
         p, columns ? 1 : kPack);
     if (columns) {
-      apply_fwd_kernel<T, kSilu, kPack, true>
-          <<<elementwise_blocks(p, kPack), kThreads, 0, launch.stream()>>>(p);
+      apply_fwd_kernel<T, kSilu, kPack, true><<<blocks, kThreads, 0, launch.stream()>>>(p);
     } else {
-      apply_fwd_kernel<T, kSilu, kPack, false>
-          <<<elementwise_blocks(p, kPack), kThreads, 0, launch.stream()>>>(p);
+      apply_fwd_kernel<T, kSilu, kPack, false><<<blocks, kThreads, 0, launch.stream()>>>(p);
     }
   });
   launch.check(kOp);
@@ -235,26 +237,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                  using T = std::remove_pointer_t<decltype(element)>;
                  constexpr bool kSilu = decltype(silu_constant)::value;
                  constexpr int kPack = decltype(pack)::value;
-                 const unsigned parts = grid(p.parts, "parts", 65535);
+                 const dim3 blocks = part_blocks(p, columns, kPack);
                  const unsigned groups = grid(p.samples * p.groups, "N * num_groups");
+                 const auto stream = launch.stream();
                  if (columns) {
-                   const int64_t packs = (p.channels / kPack + kWarp - 1) / kWarp;
-                   const dim3 blocks(grid(packs, "C"), parts, grid(p.samples, "N", 65535));
-                   column_sums_kernel<T, kSilu, kPack><<<blocks, kThreads, 0, launch.stream()>>>(p);
+                   column_sums_kernel<T, kSilu, kPack><<<blocks, kThreads, 0, stream>>>(p);
                  } else {
-                   const dim3 blocks(grid(per_channel, "N * C"), parts);
-                   row_sums_kernel<T, kSilu, kPack><<<blocks, kThreads, 0, launch.stream()>>>(p);
+                   row_sums_kernel<T, kSilu, kPack><<<blocks, kThreads, 0, stream>>>(p);
                  }
-                 merge_sums_kernel<<<groups, kThreads, 0, launch.stream()>>>(p);
+                 merge_sums_kernel<<<groups, kThreads, 0, stream>>>(p);
                  if (columns) {
-                   apply_bwd_kernel<T, kSilu, kPack, true>
-                       <<<elementwise_blocks(p, kPack), kThreads, 0, launch.stream()>>>(p);
+                   apply_bwd_kernel<T, kSilu, kPack, true><<<blocks, kThreads, 0, stream>>>(p);
                  } else {
-                   apply_bwd_kernel<T, kSilu, kPack, false>
-                       <<<elementwise_blocks(p, kPack), kThreads, 0, launch.stream()>>>(p);
+                   apply_bwd_kernel<T, kSilu, kPack, false><<<blocks, kThreads, 0, stream>>>(p);
                  }
                  small_gradients_kernel<<<grid((p.channels + kThreads - 1) / kThreads, "C"),
-                                          kThreads, 0, launch.stream()>>>(p, out);
+                                          kThreads, 0, stream>>>(p, out);
                });
     launch.check(kOp);
   }

@@ -37,10 +37,16 @@ struct Params {
   float* partial;     // [N, parts, C, 2] forward, [N, parts, C, 3] backward
   float* sums;        // backward: [N, C, 3], sums of dz, dz * xhat and xhat
   float* group_sums;  // backward: [N, groups, 2], sums of gain * dz and gain * dz * xhat
-  int64_t samples, channels, positions, groups, parts;
+  int64_t samples, channels, positions, groups, parts;  // channels fit 32 bits
   float eps;
 
-  __device__ __forceinline__ int64_t per_group() const { return channels / groups; }
+  // In 32 bits: a division of 64 is a call of a hundred instructions.
+  __host__ __device__ __forceinline__ unsigned per_group() const {
+    return unsigned(channels) / unsigned(groups);
+  }
+  __device__ __forceinline__ int64_t group_of(int64_t n, int64_t c) const {
+    return n * groups + unsigned(c) / per_group();
+  }
   __device__ __forceinline__ float gain(int64_t n, int64_t c) const {
     return weight.at(n, c, 1.f) * (1.f + scale.at(n, c, 0.f));
   }
@@ -55,7 +61,7 @@ struct Channel {
 
   Channel() = default;
   __device__ __forceinline__ Channel(const Params& p, int64_t n, int64_t c) {
-    const int64_t group = n * p.groups + c / p.per_group();
+    const int64_t group = p.group_of(n, c);
     set(p, n, c, p.mean[group], p.rstd[group]);
   }
   __device__ __forceinline__ Channel(const Params& p, int64_t n, int64_t c, float mean,
@@ -88,24 +94,25 @@ __device__ __forceinline__ int64_t part_begin(const Params& p, int64_t part) {
 
 // ---- [N, C, positions], a group per block ----
 
-// Keeps the group in shared memory (as T) between its three readings where `cached`, else rereads
-// it.
+// Of less than 2^31 elements. Keeps the group in shared memory (as T) between its three readings
+// where `cached`, else rereads it.
 template <typename T, bool kSilu, int kPack>
 __global__ void __launch_bounds__(kThreads) group_norm_silu_fwd_kernel(Params p, bool cached) {
   VITKIT_DYNAMIC_SHARED(shared_bytes);
   T* const kept = reinterpret_cast<T*>(shared_bytes);
   const int64_t group = blockIdx.x, n = group / p.groups;
-  const int64_t per_group = p.per_group(), first = group % p.groups * per_group;
-  const int64_t size = per_group * p.positions, start = (n * p.channels + first) * p.positions;
+  const int64_t first = group % p.groups * p.per_group();
+  const int64_t start = (n * p.channels + first) * p.positions;
+  const unsigned positions = unsigned(p.positions), size = p.per_group() * positions;
   const T* const x = static_cast<const T*>(p.x) + start;
   T* const y = static_cast<T*>(p.y) + start;
   using P = Pack<T, kPack>;
 
   float sum = 0.f;
-  for (int64_t i = int64_t(threadIdx.x) * kPack; i < size; i += kThreads * kPack) {
+  for (unsigned i = threadIdx.x * kPack; i < size; i += kThreads * kPack) {
     const P v = P::load(x + i);
     if (cached) v.store(kept + i);
-    const float add = p.add.at(n, first + i / p.positions, 0.f);
+    const float add = p.add.at(n, first + i / positions, 0.f);
 #pragma unroll
     for (int k = 0; k < kPack; ++k) sum += v.get(k) + add;
   }
@@ -113,9 +120,9 @@ __global__ void __launch_bounds__(kThreads) group_norm_silu_fwd_kernel(Params p,
 
   float squares = 0.f;
   const T* const source = cached ? kept : x;
-  for (int64_t i = int64_t(threadIdx.x) * kPack; i < size; i += kThreads * kPack) {
+  for (unsigned i = threadIdx.x * kPack; i < size; i += kThreads * kPack) {
     const P v = P::load(source + i);
-    const float shift = p.add.at(n, first + i / p.positions, 0.f) - mean;
+    const float shift = p.add.at(n, first + i / positions, 0.f) - mean;
 #pragma unroll
     for (int k = 0; k < kPack; ++k) squares += (v.get(k) + shift) * (v.get(k) + shift);
   }
@@ -125,9 +132,9 @@ __global__ void __launch_bounds__(kThreads) group_norm_silu_fwd_kernel(Params p,
     p.rstd[group] = rstd;
   }
 
-  for (int64_t i = int64_t(threadIdx.x) * kPack; i < size; i += kThreads * kPack) {
+  for (unsigned i = threadIdx.x * kPack; i < size; i += kThreads * kPack) {
     P v = P::load(source + i);
-    const Channel channel(p, n, first + i / p.positions, mean, rstd);
+    const Channel channel(p, n, first + i / positions, mean, rstd);
 #pragma unroll
     for (int k = 0; k < kPack; ++k)
       v.set(k, activate<kSilu>(v.get(k) * channel.factor + channel.term));
@@ -184,7 +191,8 @@ __global__ void __launch_bounds__(kThreads) column_statistics_kernel(Params p) {
   Moments m[kPack];
   if (c < p.channels) {
     const T* const x = static_cast<const T*>(p.x) + n * p.positions * p.channels + c;
-    for (int64_t i = part_begin(p, part) + warp; i < part_begin(p, part + 1); i += kWarps) {
+    const int64_t end = part_begin(p, part + 1);
+    for (int64_t i = part_begin(p, part) + warp; i < end; i += kWarps) {
       const auto v = Pack<T, kPack>::load(x + i * p.channels);
 #pragma unroll
       for (int k = 0; k < kPack; ++k) m[k].merge({1.f, v.get(k), 0.f});
@@ -225,27 +233,51 @@ static __global__ void __launch_bounds__(kThreads)
 
 // ---- elementwise passes ----
 
-// One pack per iteration; `columns`: consecutive elements are channels.
+// A thread's elements begin, begin + step, ... below end, of one part of the positions. Rows: a
+// block has a part of one channel's row. Columns: kWarp packs of channels, warps take positions in
+// turns. Either way a thread's channels, from c on, stay the same.
+template <int kPack, bool kColumns>
+struct Share {
+  int64_t n, c, begin, end, step;
+
+  __device__ __forceinline__ explicit Share(const Params& p) {
+    const int64_t part = blockIdx.y;
+    if constexpr (kColumns) {
+      n = blockIdx.z;
+      c = (int64_t(blockIdx.x) * kWarp + threadIdx.x % kWarp) * kPack;
+      const int64_t start = n * p.positions * p.channels + c;
+      begin = start + (part_begin(p, part) + threadIdx.x / kWarp) * p.channels;
+      end = c < p.channels ? start + part_begin(p, part + 1) * p.channels : begin;
+      step = kThreads / kWarp * p.channels;
+    } else {
+      n = blockIdx.x / unsigned(p.channels);
+      c = blockIdx.x % unsigned(p.channels);
+      const int64_t start = int64_t(blockIdx.x) * p.positions;
+      begin = start + part_begin(p, part) / kPack * kPack + int64_t(threadIdx.x) * kPack;
+      end = start + (part + 1 == p.parts ? p.positions : part_begin(p, part + 1) / kPack * kPack);
+      step = kThreads * kPack;
+    }
+  }
+};
+
 template <typename T, bool kSilu, int kPack, bool kColumns>
 __global__ void __launch_bounds__(kThreads) apply_fwd_kernel(Params p) {
   using P = Pack<T, kPack>;
-  const int64_t size = p.samples * p.channels * p.positions;
-  const int64_t step = int64_t(gridDim.x) * kThreads * kPack;
-  for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kPack; i < size; i += step) {
+  constexpr int kChannels = kColumns ? kPack : 1;
+  const Share<kPack, kColumns> at(p);
+  if (at.begin >= at.end) return;
+  float factor[kChannels], term[kChannels];
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) {
+    const Channel channel(p, at.n, at.c + k);
+    factor[k] = channel.factor;
+    term[k] = channel.term;
+  }
+  for (int64_t i = at.begin; i < at.end; i += at.step) {
     P v = P::load(static_cast<const T*>(p.x) + i);
-    const int64_t n = i / (p.channels * p.positions);
-    if constexpr (kColumns) {
 #pragma unroll
-      for (int k = 0; k < kPack; ++k) {
-        const Channel channel(p, n, (i + k) % p.channels);
-        v.set(k, activate<kSilu>(v.get(k) * channel.factor + channel.term));
-      }
-    } else {
-      const Channel channel(p, n, i / p.positions % p.channels);
-#pragma unroll
-      for (int k = 0; k < kPack; ++k)
-        v.set(k, activate<kSilu>(v.get(k) * channel.factor + channel.term));
-    }
+    for (int k = 0; k < kPack; ++k)
+      v.set(k, activate<kSilu>(v.get(k) * factor[k % kChannels] + term[k % kChannels]));
     v.store(static_cast<T*>(p.y) + i);
   }
 }
@@ -308,7 +340,8 @@ __global__ void __launch_bounds__(kThreads) column_sums_kernel(Params p) {
     Channel channel[kPack];
 #pragma unroll
     for (int k = 0; k < kPack; ++k) channel[k] = Channel(p, n, c + k);
-    for (int64_t i = part_begin(p, part) + warp; i < part_begin(p, part + 1); i += kWarps) {
+    const int64_t end = part_begin(p, part + 1);
+    for (int64_t i = part_begin(p, part) + warp; i < end; i += kWarps) {
       const P v = P::load(x + i * p.channels), g = P::load(grad + i * p.channels);
 #pragma unroll
       for (int k = 0; k < kPack; ++k) s[k].template add<kSilu>(channel[k], v.get(k), g.get(k));
@@ -355,25 +388,32 @@ static __global__ void __launch_bounds__(kThreads) merge_sums_kernel(Params p) {
   }
 }
 
-// dx = rstd * (gain * dz - G1 / m - xhat * G2 / m)
+// dx = rstd * (gain * dz - G1 / m - xhat * G2 / m) = factor * dz - (a + b * x)
 template <typename T, bool kSilu, int kPack, bool kColumns>
 __global__ void __launch_bounds__(kThreads) apply_bwd_kernel(Params p) {
   using P = Pack<T, kPack>;
-  const int64_t size = p.samples * p.channels * p.positions;
-  const int64_t step = int64_t(gridDim.x) * kThreads * kPack;
+  constexpr int kChannels = kColumns ? kPack : 1;
+  const Share<kPack, kColumns> at(p);
+  if (at.begin >= at.end) return;
   const float inverse = 1.f / (float(p.per_group()) * float(p.positions));
-  for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kPack; i < size; i += step) {
+  float factor[kChannels], term[kChannels], a[kChannels], b[kChannels];
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) {
+    const Channel channel(p, at.n, at.c + k);
+    const float* const sums = p.group_sums + p.group_of(at.n, at.c + k) * 2;
+    factor[k] = channel.factor;
+    term[k] = channel.term;
+    a[k] = channel.rstd * inverse * (sums[0] + channel.centre * sums[1]);
+    b[k] = channel.rstd * inverse * channel.rstd * sums[1];
+  }
+  for (int64_t i = at.begin; i < at.end; i += at.step) {
     const P v = P::load(static_cast<const T*>(p.x) + i);
     P g = P::load(static_cast<const T*>(p.grad) + i);
-    const int64_t n = i / (p.channels * p.positions);
 #pragma unroll
     for (int k = 0; k < kPack; ++k) {
-      const int64_t c = kColumns ? (i + k) % p.channels : i / p.positions % p.channels;
-      const float* sums = p.group_sums + (n * p.groups + c / p.per_group()) * 2;
-      const Channel channel(p, n, c);
-      const float xhat = v.get(k) * channel.rstd + channel.centre;
-      const float dz = g.get(k) * slope<kSilu>(v.get(k) * channel.factor + channel.term);
-      g.set(k, channel.factor * dz - channel.rstd * inverse * (sums[0] + xhat * sums[1]));
+      const int c = k % kChannels;
+      const float x = v.get(k), dz = g.get(k) * slope<kSilu>(x * factor[c] + term[c]);
+      g.set(k, factor[c] * dz - (a[c] + b[c] * x));
     }
     g.store(static_cast<T*>(p.y) + i);
   }

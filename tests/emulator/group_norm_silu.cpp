@@ -25,6 +25,12 @@ bool with_types(int element, bool silu, bool packed, F&& f) {
   return element == 0 && with_element(static_cast<float*>(nullptr));
 }
 
+dim3 part_blocks(const Params& p, bool columns, int pack) {
+  if (!columns) return dim3(unsigned(p.samples * p.channels), unsigned(p.parts));
+  return dim3(unsigned((p.channels / pack + kWarp - 1) / kWarp), unsigned(p.parts),
+              unsigned(p.samples));
+}
+
 }  // namespace
 
 extern "C" {
@@ -54,17 +60,18 @@ bool emulated_forward(const Call* call) {
         group_norm_silu_fwd_kernel<T, kSilu, kPack>(p, call->cached);
       });
     }
-    const unsigned parts = unsigned(p.parts);
-    const unsigned columns = unsigned((p.channels / kPack + kWarp - 1) / kWarp);
-    const bool statistics =
-        call->columns ? emulator::launch({columns, parts, unsigned(p.samples)}, kThreads, 0, seed,
-                                         [&] { column_statistics_kernel<T, kPack>(p); })
-                      : emulator::launch({unsigned(p.samples * p.channels), parts}, kThreads, 0,
-                                         seed, [&] { row_statistics_kernel<T, kPack>(p); });
-    return statistics &&
+    const dim3 blocks = part_blocks(p, call->columns, kPack);
+    return emulator::launch(blocks, kThreads, 0, seed,
+                            [&] {
+                              if (call->columns) {
+                                column_statistics_kernel<T, kPack>(p);
+                              } else {
+                                row_statistics_kernel<T, kPack>(p);
+                              }
+                            }) &&
            emulator::launch(groups, kThreads, 0, seed,
                             [&] { merge_statistics_kernel(p, call->columns ? 1 : kPack); }) &&
-           emulator::launch(2, kThreads, 0, seed, [&] {
+           emulator::launch(blocks, kThreads, 0, seed, [&] {
              if (call->columns) {
                apply_fwd_kernel<T, kSilu, kPack, true>(p);
              } else {
@@ -81,17 +88,18 @@ bool emulated_backward(const Call* call) {
     using T = std::remove_pointer_t<decltype(e)>;
     constexpr bool kSilu = decltype(silu)::value;
     constexpr int kPack = decltype(pack)::value;
-    const unsigned parts = unsigned(p.parts);
-    const unsigned columns = unsigned((p.channels / kPack + kWarp - 1) / kWarp);
-    const bool sums = call->columns
-                          ? emulator::launch({columns, parts, unsigned(p.samples)}, kThreads, 0,
-                                             seed, [&] { column_sums_kernel<T, kSilu, kPack>(p); })
-                          : emulator::launch({unsigned(p.samples * p.channels), parts}, kThreads, 0,
-                                             seed, [&] { row_sums_kernel<T, kSilu, kPack>(p); });
-    return sums &&
+    const dim3 blocks = part_blocks(p, call->columns, kPack);
+    return emulator::launch(blocks, kThreads, 0, seed,
+                            [&] {
+                              if (call->columns) {
+                                column_sums_kernel<T, kSilu, kPack>(p);
+                              } else {
+                                row_sums_kernel<T, kSilu, kPack>(p);
+                              }
+                            }) &&
            emulator::launch(unsigned(p.samples * p.groups), kThreads, 0, seed,
                             [&] { merge_sums_kernel(p); }) &&
-           emulator::launch(2, kThreads, 0, seed,
+           emulator::launch(blocks, kThreads, 0, seed,
                             [&] {
                               if (call->columns) {
                                 apply_bwd_kernel<T, kSilu, kPack, true>(p);
