@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "place_columns.h"
+
 namespace vitkit::cpu {
 
 enum class PatchElement : int { f32 = 0, bf16 = 1, f16 = 2, u8 = 3 };
@@ -17,17 +19,6 @@ enum class PatchElement : int { f32 = 0, bf16 = 1, f16 = 2, u8 = 3 };
 struct TokenRows {
   const char* data;
   PatchElement type;
-};
-
-// Columns of a row of `places`, one row per token of a packed call: what a dense call computes.
-enum PlaceColumn {
-  kOrigin,
-  kChannelStride,
-  kRowStride,
-  kRows,
-  kColumns,
-  kPositionRow,
-  kPlaceColumns
 };
 
 struct PatchEmbed {

@@ -10,19 +10,9 @@
 #include <limits.h>
 
 #include "patch_gather.cuh"
+#include "place_columns.h"
 
 namespace vitkit::patch_embed {
-
-// Columns of a row of places.
-enum PlaceColumn {
-  kOrigin,
-  kChannelStride,
-  kRowStride,
-  kRows,
-  kColumns,
-  kPositionRow,
-  kPlaceColumns
-};
 
 // One image of as many patches; where they lie, each of them says.
 inline Geometry packed_geometry(int tokens, int channels, int patch_rows, int patch_columns) {
