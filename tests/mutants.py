@@ -135,19 +135,18 @@ TABLE: dict[str, list[Mutant]] = {
         _m("wrong_channel_of_a_column", "p.group_sums + p.group_of(at.n, at.c + k) * 2",
            "p.group_sums + p.group_of(at.n, at.c) * 2", True),
         _m("positions_of_the_first_warp",
-           "(part_begin(p, part) + threadIdx.x / kWarp) * p.channels",
-           "part_begin(p, part) * p.channels"),
-        _m("columns_behind_the_last", "end = c < p.channels ? start + part_begin(p, part + 1) * "
-           "p.channels : begin;", "end = start + part_begin(p, part + 1) * p.channels;"),
+           "(first + threadIdx.x / kWarp) * p.channels", "first * p.channels"),
+        _m("columns_behind_the_last", "end = c < p.channels ? start + part_end(p, part) * "
+           "p.channels : begin;", "end = start + part_end(p, part) * p.channels;"),
         _m("merge_forgets_the_cross_term", "m2 += other.m2 + delta * delta * count * share;",
            "m2 += other.m2;", True),
         _m("statistics_without_add", "in[0] + p.add.at(n, c, 0.f)", "in[0]"),
         _m("slope_of_the_sigmoid_alone", "s * (1.f + z * (1.f - s))", "s * (1.f - s)"),
-        _m("part_of_a_row_twice", "const int64_t end = part + 1 == p.parts ? p.positions : "
-           "part_begin(p, part + 1) / kPack * kPack;\n  const T* const x = static_cast<const T*>"
-           "(p.x) + row * p.positions;\n  Moments m;",
-           "const int64_t end = p.positions;\n  const T* const x = static_cast<const T*>"
-           "(p.x) + row * p.positions;\n  Moments m;"),
+        _m("part_of_a_row_twice", "end = start + part_end(p, part);", "end = start + p.positions;"),
+        _m("last_part_behind_the_end", "min((part + 1) * p.part_length, p.positions)",
+           "(part + 1) * p.part_length"),
+        _m("count_of_a_whole_part", "float(part_end(p, part) - part * p.part_length)",
+           "float(p.part_length)"),
         _m("mean_of_the_gradient_forgotten", "(sums[0] + channel.centre * sums[1])",
            "(channel.centre * sums[1])"),
         _m("add_gradient_without_the_mean", "positions * mean_g1 - s[2] * mean_g2",

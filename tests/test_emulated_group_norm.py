@@ -27,7 +27,7 @@ class Params(ctypes.Structure):
         *((n, P) for n in ("x", "grad", "y")),
         *((n, Small) for n in ("weight", "bias", "add", "scale", "shift")),
         *((n, P) for n in ("mean", "rstd", "partial", "sums", "group_sums")),
-        *((n, I64) for n in ("samples", "channels", "positions", "groups", "parts")),
+        *((n, I64) for n in ("samples", "channels", "positions", "groups", "parts", "part_length")),
         ("eps", F32),
     ]
 
@@ -68,12 +68,15 @@ def run(library, tensors, groups, silu, parts, cached=False, seed=1, cotangent=N
     x, *options = tensors
     n, c = x.shape[:2]
     columns = not x.is_contiguous()
-    row = c if columns else x[0, 0].numel()
+    positions = x[0, 0].numel()
+    row = c if columns else positions
+    by_group, length = parts == 0, -(-positions // max(parts, 1) // 8) * 8
+    parts = -(-positions // length)
     y = torch.full_like(x, torch.nan)
     stats = [torch.full((n, groups), torch.nan) for _ in range(2)]
     width = 2 if cotangent is None else 3
     work = [
-        torch.full((n * max(parts, 1) * c * width,), torch.nan),
+        torch.full((n * parts * c * width,), torch.nan),
         torch.full((n, c, 3), torch.nan),
         torch.full((n, groups, 2), torch.nan),
     ]
@@ -82,17 +85,16 @@ def run(library, tensors, groups, silu, parts, cached=False, seed=1, cotangent=N
     call = Call()
     call.params = Params(
         x.data_ptr(), None, y.data_ptr(), *map(small, options), *(s.data_ptr() for s in stats),
-        *(w.data_ptr() for w in work), n, c, x[0, 0].numel(), groups, max(parts, 1), 1e-5,
+        *(w.data_ptr() for w in work), n, c, positions, groups, parts, length, 1e-5,
     )  # fmt: skip
     call.element, call.silu = DTYPES.index(x.dtype), silu
     call.packed = row * x.element_size() % 16 == 0
-    call.columns, call.by_group, call.cached, call.seed = columns, parts == 0, cached, seed
+    call.columns, call.by_group, call.cached, call.seed = columns, by_group, cached, seed
     ok = library.emulated_forward(ctypes.byref(call))
     assert ok, library.emulated_error().decode()
     if cotangent is None:
         return y, *stats
     call.params.grad = cotangent.data_ptr()
-    call.params.parts = max(parts, 1)
     for name, g in zip(("weight", "bias", "add", "scale", "shift"), grads, strict=True):
         setattr(call, f"d_{name}", g.data_ptr())
     ok = library.emulated_backward(ctypes.byref(call))

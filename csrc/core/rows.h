@@ -26,6 +26,22 @@ inline int64_t row_stride(const char* op, const char* arg, const Tensor& t) {
   return stride;
 }
 
+// Whether [N, C, *] lies as [N, *, C]; neither that nor contiguous is an error.
+inline bool is_channels_last(const char* op, const char* arg, const Tensor& x) {
+  if (x.is_contiguous()) return false;
+  bool dense = x.dim() == 4 || x.dim() == 5;
+  int64_t expected = 1;
+  const auto check = [&](int64_t d) {
+    if (x.size(d) != 1 && x.stride(d) != expected) dense = false;
+    expected *= x.size(d);
+  };
+  check(1);
+  for (int64_t d = x.dim() - 1; d >= 2; --d) check(d);
+  check(0);
+  STD_TORCH_CHECK(dense, op, ": ", arg, " must be contiguous or channels_last");
+  return true;
+}
+
 // Every element of a non-empty tensor must lie between the first and the last, once.
 inline void check_dense(const char* op, const char* arg, const Tensor& t) {
   std::vector<int64_t> dims;

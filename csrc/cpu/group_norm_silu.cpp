@@ -14,6 +14,7 @@
 #include "isa.h"
 #include "memory.h"
 #include "parallel.h"
+#include "rows.h"
 #include "small_tensor.h"
 
 VITKIT_ISA_TABLE(GroupNormKernels, group_norm_kernels)
@@ -56,23 +57,6 @@ struct Inputs {
   }
 };
 
-// Whether x lies as [N, *, C]; a tensor that is neither that nor contiguous is an error.
-bool is_channels_last(const char* arg, const Tensor& x) {
-  if (x.is_contiguous()) return false;
-  const int64_t rank = x.dim();
-  int64_t expected = 1;
-  bool dense = rank == 4 || rank == 5;
-  const auto check = [&](int64_t d) {
-    if (x.size(d) != 1 && x.stride(d) != expected) dense = false;
-    expected *= x.size(d);
-  };
-  check(1);
-  for (int64_t d = rank - 1; d >= 2; --d) check(d);
-  check(0);
-  STD_TORCH_CHECK(dense, kOp, ": ", arg, " must be contiguous or channels_last");
-  return true;
-}
-
 Inputs read_inputs(const Tensor& x, int64_t num_groups, const std::optional<Tensor>& weight,
                    const std::optional<Tensor>& bias, double eps, bool silu,
                    const std::optional<Tensor>& add, const std::optional<Tensor>& scale,
@@ -84,8 +68,8 @@ Inputs read_inputs(const Tensor& x, int64_t num_groups, const std::optional<Tens
   STD_TORCH_CHECK(eps >= 0, kOp, ": eps must be >= 0, got ", eps);
   Inputs in;
   in.shape = {
-      norm_element(kOp, "x", x), n,    c,         n == 0 ? 0 : x.numel() / (n * c), num_groups,
-      is_channels_last("x", x),  silu, float(eps)};
+      norm_element(kOp, "x", x),     n,    c,         n == 0 ? 0 : x.numel() / (n * c), num_groups,
+      is_channels_last(kOp, "x", x), silu, float(eps)};
   in.weight = small_floats(kOp, "weight", weight, {c});
   in.bias = small_floats(kOp, "bias", bias, {c});
   in.add = small_floats(kOp, "add", add, {n, c});
@@ -223,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   std::vector<float> sums(in.gain.size() * 3, 0.f);
   const auto* rstd_data = static_cast<const float*>(rstd.const_data_ptr());
   if (x.numel() > 0) {
-    STD_TORCH_CHECK(is_channels_last("grad", grad) == in.shape.channels_last ||
+    STD_TORCH_CHECK(is_channels_last(kOp, "grad", grad) == in.shape.channels_last ||
                         x.is_contiguous() == grad.is_contiguous(),
                     kOp, ": grad must have the layout of x");
     prefer_huge_pages(dx.mutable_data_ptr(), x.numel() * int64_t(x.element_size()));

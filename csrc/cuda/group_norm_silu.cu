@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "launch.h"
+#include "rows.h"
 
 namespace vitkit::group_norm {
 namespace {
@@ -21,7 +22,7 @@ constexpr int64_t kEnoughGroups = 256;
 // Groups up to this many elements are cheaper on one block than three launches for their parts.
 constexpr int64_t kSmallGroup = 1 << 15;
 constexpr int64_t kPartElements = 1 << 14;
-// Of a group on one block, whose elements are counted in 32 bits.
+// Of a group on one block, or of its channels in parts: counted in 32 bits.
 constexpr int64_t kMostElements = 0x7fffffff;
 
 SmallTensor small(const char* arg, const std::optional<Tensor>& t, const Tensor& x,
@@ -34,21 +35,6 @@ SmallTensor small(const char* arg, const std::optional<Tensor>& t, const Tensor&
   check_size(kOp, arg, *t, per_sample ? 1 : 0, x.size(1));
   return {t->const_data_ptr(), element_of(kOp, arg, *t), per_sample ? t->stride(0) : 0,
           t->stride(-1)};
-}
-
-bool is_channels_last(const char* arg, const Tensor& x) {
-  if (x.is_contiguous()) return false;
-  bool dense = x.dim() == 4 || x.dim() == 5;
-  int64_t expected = 1;
-  const auto check = [&](int64_t d) {
-    if (x.size(d) != 1 && x.stride(d) != expected) dense = false;
-    expected *= x.size(d);
-  };
-  check(1);
-  for (int64_t d = x.dim() - 1; d >= 2; --d) check(d);
-  check(0);
-  STD_TORCH_CHECK(dense, kOp, ": ", arg, " must be contiguous or channels_last");
-  return true;
 }
 
 Params make_params(const Tensor& x, int64_t num_groups, const std::optional<Tensor>& weight,
@@ -75,11 +61,18 @@ Params make_params(const Tensor& x, int64_t num_groups, const std::optional<Tens
   return p;
 }
 
-// A constant of the shape alone, so that results do not depend on the GPU.
-int64_t parts_of(const Params& p, bool columns) {
-  const int64_t per_part =
+// Cuts the positions into parts, by the shape alone: results do not depend on the GPU.
+void cut_into_parts(Params& p, bool columns) {
+  constexpr int64_t kMostPack = 8;
+  const auto quotient_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t wanted =
       columns ? std::max<int64_t>(64, kPartElements / p.channels) : kPartElements;
-  return std::clamp<int64_t>((p.positions + per_part - 1) / per_part, 1, 4096);
+  const int64_t count = std::min<int64_t>(quotient_up(p.positions, wanted), 4096);
+  p.part_length = quotient_up(quotient_up(p.positions, count), kMostPack) * kMostPack;
+  p.parts = quotient_up(p.positions, p.part_length);
+  STD_TORCH_CHECK(p.per_group() * p.parts <= kMostElements, kOp, ": C / num_groups times ", p.parts,
+                  " parts of the positions must be at most ", kMostElements,
+                  " on CUDA, got C = ", p.channels, ", num_groups = ", p.groups);
 }
 
 template <typename F>
@@ -138,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, int64_t num_groups,
                                            std::optional<Tensor> scale,
                                            std::optional<Tensor> shift) {
   Params p = make_params(x, num_groups, weight, bias, eps, add, scale, shift);
-  const bool columns = is_channels_last("x", x);
+  const bool columns = is_channels_last(kOp, "x", x);
   Tensor y = torch::stable::empty_like(x);
   Tensor mean = torch::stable::new_empty(x, {x.size(0), num_groups}, ScalarType::Float);
   Tensor rstd = torch::stable::empty_like(mean);
@@ -154,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, int64_t num_groups,
   const int64_t group_size = p.channels / p.groups * p.positions, groups = p.samples * p.groups;
   const bool by_group = !columns && (group_size <= kSmallGroup ||
                                      (groups >= kEnoughGroups && group_size <= kMostElements));
-  p.parts = by_group ? 1 : parts_of(p, columns);
+  if (!by_group) cut_into_parts(p, columns);
   Tensor partial = torch::stable::new_empty(
       x, {by_group ? 0 : p.samples * p.parts * p.channels * 2}, ScalarType::Float);
   p.partial = static_cast<float*>(partial.mutable_data_ptr());
@@ -177,8 +170,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, int64_t num_groups,
     } else {
       row_statistics_kernel<T, kPack><<<blocks, kThreads, 0, launch.stream()>>>(p);
     }
-    merge_statistics_kernel<<<grid(groups, "N * num_groups"), kThreads, 0, launch.stream()>>>(
-        p, columns ? 1 : kPack);
+    merge_statistics_kernel<<<grid(groups, "N * num_groups"), kThreads, 0, launch.stream()>>>(p);
     if (columns) {
       apply_fwd_kernel<T, kSilu, kPack, true><<<blocks, kThreads, 0, launch.stream()>>>(p);
     } else {
@@ -194,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     std::optional<Tensor> weight, std::optional<Tensor> bias, bool silu, std::optional<Tensor> add,
     std::optional<Tensor> scale, std::optional<Tensor> shift) {
   Params p = make_params(x, num_groups, weight, bias, 0., add, scale, shift);
-  const bool columns = is_channels_last("x", x);
+  const bool columns = is_channels_last(kOp, "x", x);
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.dim() == x.dim(), kOp,
                   ": grad must have the shape and dtype of x");
   for (int64_t d = 0; d < x.dim(); ++d) check_size(kOp, "grad", grad, d, x.size(d));
@@ -220,15 +212,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     torch::stable::zero_(small_out);
   } else {
     STD_TORCH_CHECK(
-        is_channels_last("grad", grad) == columns || x.is_contiguous() == grad.is_contiguous(), kOp,
-        ": grad must have the layout of x");
+        is_channels_last(kOp, "grad", grad) == columns || x.is_contiguous() == grad.is_contiguous(),
+        kOp, ": grad must have the layout of x");
     p.grad = grad.const_data_ptr();
     p.y = dx.mutable_data_ptr();
     p.mean = static_cast<float*>(mean.mutable_data_ptr());
     p.rstd = static_cast<float*>(rstd.mutable_data_ptr());
     p.sums = static_cast<float*>(sums.mutable_data_ptr());
     p.group_sums = static_cast<float*>(group_sums.mutable_data_ptr());
-    p.parts = parts_of(p, columns);
+    cut_into_parts(p, columns);
     Tensor partial = floats(p.samples * p.parts * p.channels * 3);
     p.partial = static_cast<float*>(partial.mutable_data_ptr());
     const Launch launch(x);

@@ -37,7 +37,9 @@ struct Params {
   float* partial;     // [N, parts, C, 2] forward, [N, parts, C, 3] backward
   float* sums;        // backward: [N, C, 3], sums of dz, dz * xhat and xhat
   float* group_sums;  // backward: [N, groups, 2], sums of gain * dz and gain * dz * xhat
-  int64_t samples, channels, positions, groups, parts;  // channels fit 32 bits
+  // Channels, and channels of a group times parts, fit 32 bits. A part has part_length positions,
+  // which full packs divide; the last has what is left.
+  int64_t samples, channels, positions, groups, parts, part_length;
   float eps;
 
   // In 32 bits: a division of 64 is a call of a hundred instructions.
@@ -76,21 +78,59 @@ struct Channel {
   }
 };
 
+// Division without a subroutine for its rare cases: a sigmoid below 2^-126 may become 0.
 template <bool kSilu>
 __device__ __forceinline__ float activate(float z) {
-  return kSilu ? z / (1.f + __expf(-z)) : z;
+  return kSilu ? __fdividef(z, 1.f + __expf(-z)) : z;
 }
 
 template <bool kSilu>
 __device__ __forceinline__ float slope(float z) {
   if (!kSilu) return 1.f;
-  const float s = 1.f / (1.f + __expf(-z));
+  const float s = __fdividef(1.f, 1.f + __expf(-z));
   return s * (1.f + z * (1.f - s));
 }
 
-__device__ __forceinline__ int64_t part_begin(const Params& p, int64_t part) {
-  return p.positions * part / p.parts;
+__device__ __forceinline__ int64_t part_end(const Params& p, int64_t part) {
+  return min((part + 1) * p.part_length, p.positions);
 }
+
+// A group, its sample and its first channel: a block has one.
+struct Group {
+  int64_t index, n, first;
+
+  __device__ __forceinline__ explicit Group(const Params& p)
+      : index(blockIdx.x),
+        n(blockIdx.x / unsigned(p.groups)),
+        first(blockIdx.x % unsigned(p.groups) * p.per_group()) {}
+};
+
+// A thread's elements begin, begin + step, ... below end, of one part of the positions. Rows: a
+// block has a part of one channel's row. Columns: kWarp packs of channels, warps take positions in
+// turns. Either way a thread's channels, from c on, stay the same.
+template <int kPack, bool kColumns>
+struct Share {
+  int64_t n, part, c, begin, end, step;
+
+  __device__ __forceinline__ explicit Share(const Params& p) : part(blockIdx.y) {
+    const int64_t first = part * p.part_length;
+    if constexpr (kColumns) {
+      n = blockIdx.z;
+      c = (int64_t(blockIdx.x) * kWarp + threadIdx.x % kWarp) * kPack;
+      const int64_t start = n * p.positions * p.channels + c;
+      begin = start + (first + threadIdx.x / kWarp) * p.channels;
+      end = c < p.channels ? start + part_end(p, part) * p.channels : begin;
+      step = kThreads / kWarp * p.channels;
+    } else {
+      n = blockIdx.x / unsigned(p.channels);
+      c = blockIdx.x % unsigned(p.channels);
+      const int64_t start = int64_t(blockIdx.x) * p.positions;
+      begin = start + first + int64_t(threadIdx.x) * kPack;
+      end = start + part_end(p, part);
+      step = kThreads * kPack;
+    }
+  }
+};
 
 // ---- [N, C, positions], a group per block ----
 
@@ -100,8 +140,8 @@ template <typename T, bool kSilu, int kPack>
 __global__ void __launch_bounds__(kThreads) group_norm_silu_fwd_kernel(Params p, bool cached) {
   VITKIT_DYNAMIC_SHARED(shared_bytes);
   T* const kept = reinterpret_cast<T*>(shared_bytes);
-  const int64_t group = blockIdx.x, n = group / p.groups;
-  const int64_t first = group % p.groups * p.per_group();
+  const Group group(p);
+  const int64_t n = group.n, first = group.first;
   const int64_t start = (n * p.channels + first) * p.positions;
   const unsigned positions = unsigned(p.positions), size = p.per_group() * positions;
   const T* const x = static_cast<const T*>(p.x) + start;
@@ -128,8 +168,8 @@ __global__ void __launch_bounds__(kThreads) group_norm_silu_fwd_kernel(Params p,
   }
   const float rstd = rsqrtf(block_sum<kThreads>(squares) / float(size) + p.eps);
   if (threadIdx.x == 0) {
-    p.mean[group] = mean;
-    p.rstd[group] = rstd;
+    p.mean[group.index] = mean;
+    p.rstd[group.index] = rstd;
   }
 
   for (unsigned i = threadIdx.x * kPack; i < size; i += kThreads * kPack) {
@@ -159,106 +199,73 @@ __device__ __forceinline__ void add_pack(Moments& m, const Pack<T, kPack>& v) {
   m.merge(of_pack);
 }
 
-__device__ __forceinline__ void store_moments(const Params& p, int64_t n, int64_t part, int64_t c,
+template <typename S>
+__device__ __forceinline__ void store_moments(const Params& p, const S& at, int k,
                                               const Moments& m) {
-  float* out = p.partial + ((n * p.parts + part) * p.channels + c) * 2;
+  float* out = p.partial + ((at.n * p.parts + at.part) * p.channels + at.c + k) * 2;
   out[0] = m.mean;
   out[1] = m.m2;
 }
 
-// One block: a part of one channel's row. Rows start aligned, parts begin at multiples of kPack.
 template <typename T, int kPack>
 __global__ void __launch_bounds__(kThreads) row_statistics_kernel(Params p) {
-  const int64_t part = blockIdx.y, row = blockIdx.x;
-  const int64_t begin = part_begin(p, part) / kPack * kPack;
-  const int64_t end = part + 1 == p.parts ? p.positions : part_begin(p, part + 1) / kPack * kPack;
-  const T* const x = static_cast<const T*>(p.x) + row * p.positions;
+  const Share<kPack, false> at(p);
   Moments m;
-  for (int64_t i = begin + int64_t(threadIdx.x) * kPack; i < end; i += kThreads * kPack)
-    add_pack(m, Pack<T, kPack>::load(x + i));
+  for (int64_t i = at.begin; i < at.end; i += at.step)
+    add_pack(m, Pack<T, kPack>::load(static_cast<const T*>(p.x) + i));
   m = block_moments<kThreads>(m);
-  if (threadIdx.x == 0) store_moments(p, row / p.channels, part, row % p.channels, m);
+  if (threadIdx.x == 0) store_moments(p, at, 0, m);
 }
 
-// Channels last. One block: kWarp packs of channels of one part; warps take turns over its
-// positions.
 template <typename T, int kPack>
 __global__ void __launch_bounds__(kThreads) column_statistics_kernel(Params p) {
   constexpr int kWarps = kThreads / kWarp;
   __shared__ Moments of_warp[kWarps][kWarp][kPack];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t n = blockIdx.z, part = blockIdx.y, c = (int64_t(blockIdx.x) * kWarp + lane) * kPack;
-  Moments m[kPack];
-  if (c < p.channels) {
-    const T* const x = static_cast<const T*>(p.x) + n * p.positions * p.channels + c;
-    const int64_t end = part_begin(p, part + 1);
-    for (int64_t i = part_begin(p, part) + warp; i < end; i += kWarps) {
-      const auto v = Pack<T, kPack>::load(x + i * p.channels);
+  const Share<kPack, true> at(p);
+  float count = 0.f, mean[kPack] = {}, m2[kPack] = {};
+  for (int64_t i = at.begin; i < at.end; i += at.step) {
+    const auto v = Pack<T, kPack>::load(static_cast<const T*>(p.x) + i);
+    count += 1.f;
+    const float share = __fdividef(1.f, count);
 #pragma unroll
-      for (int k = 0; k < kPack; ++k) m[k].merge({1.f, v.get(k), 0.f});
+    for (int k = 0; k < kPack; ++k) {  // Welford's
+      const float delta = v.get(k) - mean[k];
+      mean[k] += delta * share;
+      m2[k] += delta * (v.get(k) - mean[k]);
     }
   }
 #pragma unroll
-  for (int k = 0; k < kPack; ++k) of_warp[warp][lane][k] = m[k];
+  for (int k = 0; k < kPack; ++k) of_warp[warp][lane][k] = {count, mean[k], m2[k]};
   __syncthreads();
-  if (warp == 0 && c < p.channels) {
+  if (warp == 0 && at.c < p.channels) {
     for (int k = 0; k < kPack; ++k) {
       Moments total = of_warp[0][lane][k];
       for (int w = 1; w < kWarps; ++w) total.merge(of_warp[w][lane][k]);
-      store_moments(p, n, part, c + k, total);
+      store_moments(p, at, k, total);
     }
   }
 }
 
-// One block: a group. Parts of a channel, then channels, each thread a fixed share.
-// `rows_pack`: what row_statistics_kernel rounded its parts to, 1 for columns.
-static __global__ void __launch_bounds__(kThreads)
-    merge_statistics_kernel(Params p, int rows_pack) {
-  const int64_t group = blockIdx.x, n = group / p.groups, first = group % p.groups * p.per_group();
+// One block: a group. Channels of a part, then parts, each thread a fixed share.
+static __global__ void __launch_bounds__(kThreads) merge_statistics_kernel(Params p) {
+  const Group group(p);
+  const unsigned count = p.per_group() * unsigned(p.parts);
   Moments m;
-  for (int64_t i = threadIdx.x; i < p.per_group() * p.parts; i += kThreads) {
-    const int64_t c = first + i % p.per_group(), part = i / p.per_group();
-    const int64_t begin = part_begin(p, part) / rows_pack * rows_pack;
-    const int64_t end =
-        part + 1 == p.parts ? p.positions : part_begin(p, part + 1) / rows_pack * rows_pack;
-    const float* in = p.partial + ((n * p.parts + part) * p.channels + c) * 2;
-    m.merge({float(end - begin), in[0] + p.add.at(n, c, 0.f), in[1]});
+  for (unsigned i = threadIdx.x; i < count; i += kThreads) {
+    const int64_t c = group.first + i % p.per_group(), part = i / p.per_group();
+    const float* in = p.partial + ((group.n * p.parts + part) * p.channels + c) * 2;
+    m.merge({float(part_end(p, part) - part * p.part_length), in[0] + p.add.at(group.n, c, 0.f),
+             in[1]});
   }
   m = block_moments<kThreads>(m);
   if (threadIdx.x == 0) {
-    p.mean[group] = m.mean;
-    p.rstd[group] = rsqrtf(m.m2 / m.count + p.eps);
+    p.mean[group.index] = m.mean;
+    p.rstd[group.index] = rsqrtf(m.m2 / m.count + p.eps);
   }
 }
 
 // ---- elementwise passes ----
-
-// A thread's elements begin, begin + step, ... below end, of one part of the positions. Rows: a
-// block has a part of one channel's row. Columns: kWarp packs of channels, warps take positions in
-// turns. Either way a thread's channels, from c on, stay the same.
-template <int kPack, bool kColumns>
-struct Share {
-  int64_t n, c, begin, end, step;
-
-  __device__ __forceinline__ explicit Share(const Params& p) {
-    const int64_t part = blockIdx.y;
-    if constexpr (kColumns) {
-      n = blockIdx.z;
-      c = (int64_t(blockIdx.x) * kWarp + threadIdx.x % kWarp) * kPack;
-      const int64_t start = n * p.positions * p.channels + c;
-      begin = start + (part_begin(p, part) + threadIdx.x / kWarp) * p.channels;
-      end = c < p.channels ? start + part_begin(p, part + 1) * p.channels : begin;
-      step = kThreads / kWarp * p.channels;
-    } else {
-      n = blockIdx.x / unsigned(p.channels);
-      c = blockIdx.x % unsigned(p.channels);
-      const int64_t start = int64_t(blockIdx.x) * p.positions;
-      begin = start + part_begin(p, part) / kPack * kPack + int64_t(threadIdx.x) * kPack;
-      end = start + (part + 1 == p.parts ? p.positions : part_begin(p, part + 1) / kPack * kPack);
-      step = kThreads * kPack;
-    }
-  }
-};
 
 template <typename T, bool kSilu, int kPack, bool kColumns>
 __global__ void __launch_bounds__(kThreads) apply_fwd_kernel(Params p) {
@@ -303,26 +310,27 @@ __device__ __forceinline__ void store_sums(float* out, const Sums& s) {
   out[2] = s.xhat;
 }
 
-// One block: a part of one channel's row.
+template <typename S>
+__device__ __forceinline__ void store_sums(const Params& p, const S& at, int k, const Sums& s) {
+  store_sums(p.partial + ((at.n * p.parts + at.part) * p.channels + at.c + k) * 3, s);
+}
+
 template <typename T, bool kSilu, int kPack>
 __global__ void __launch_bounds__(kThreads) row_sums_kernel(Params p) {
   using P = Pack<T, kPack>;
-  const int64_t part = blockIdx.y, row = blockIdx.x, n = row / p.channels, c = row % p.channels;
-  const int64_t begin = part_begin(p, part) / kPack * kPack;
-  const int64_t end = part + 1 == p.parts ? p.positions : part_begin(p, part + 1) / kPack * kPack;
-  const T* const x = static_cast<const T*>(p.x) + row * p.positions;
-  const T* const grad = static_cast<const T*>(p.grad) + row * p.positions;
-  const Channel channel(p, n, c);
+  const Share<kPack, false> at(p);
+  const Channel channel(p, at.n, at.c);
   Sums s;
-  for (int64_t i = begin + int64_t(threadIdx.x) * kPack; i < end; i += kThreads * kPack) {
-    const P v = P::load(x + i), g = P::load(grad + i);
+  for (int64_t i = at.begin; i < at.end; i += at.step) {
+    const P v = P::load(static_cast<const T*>(p.x) + i);
+    const P g = P::load(static_cast<const T*>(p.grad) + i);
 #pragma unroll
     for (int k = 0; k < kPack; ++k) s.add<kSilu>(channel, v.get(k), g.get(k));
   }
   s.dz = block_sum<kThreads>(s.dz);
   s.dz_xhat = block_sum<kThreads>(s.dz_xhat);
   s.xhat = block_sum<kThreads>(s.xhat);
-  if (threadIdx.x == 0) store_sums(p.partial + ((n * p.parts + part) * p.channels + c) * 3, s);
+  if (threadIdx.x == 0) store_sums(p, at, 0, s);
 }
 
 template <typename T, bool kSilu, int kPack>
@@ -331,18 +339,15 @@ __global__ void __launch_bounds__(kThreads) column_sums_kernel(Params p) {
   __shared__ Sums of_warp[kWarps][kWarp][kPack];
   using P = Pack<T, kPack>;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t n = blockIdx.z, part = blockIdx.y, c = (int64_t(blockIdx.x) * kWarp + lane) * kPack;
+  const Share<kPack, true> at(p);
   Sums s[kPack];
-  if (c < p.channels) {
-    const int64_t start = n * p.positions * p.channels + c;
-    const T* const x = static_cast<const T*>(p.x) + start;
-    const T* const grad = static_cast<const T*>(p.grad) + start;
+  if (at.begin < at.end) {
     Channel channel[kPack];
 #pragma unroll
-    for (int k = 0; k < kPack; ++k) channel[k] = Channel(p, n, c + k);
-    const int64_t end = part_begin(p, part + 1);
-    for (int64_t i = part_begin(p, part) + warp; i < end; i += kWarps) {
-      const P v = P::load(x + i * p.channels), g = P::load(grad + i * p.channels);
+    for (int k = 0; k < kPack; ++k) channel[k] = Channel(p, at.n, at.c + k);
+    for (int64_t i = at.begin; i < at.end; i += at.step) {
+      const P v = P::load(static_cast<const T*>(p.x) + i);
+      const P g = P::load(static_cast<const T*>(p.grad) + i);
 #pragma unroll
       for (int k = 0; k < kPack; ++k) s[k].template add<kSilu>(channel[k], v.get(k), g.get(k));
     }
@@ -350,7 +355,7 @@ __global__ void __launch_bounds__(kThreads) column_sums_kernel(Params p) {
 #pragma unroll
   for (int k = 0; k < kPack; ++k) of_warp[warp][lane][k] = s[k];
   __syncthreads();
-  if (warp == 0 && c < p.channels) {
+  if (warp == 0 && at.c < p.channels) {
     for (int k = 0; k < kPack; ++k) {
       Sums total = of_warp[0][lane][k];
       for (int w = 1; w < kWarps; ++w) {
@@ -358,17 +363,18 @@ __global__ void __launch_bounds__(kThreads) column_sums_kernel(Params p) {
         total.dz_xhat += of_warp[w][lane][k].dz_xhat;
         total.xhat += of_warp[w][lane][k].xhat;
       }
-      store_sums(p.partial + ((n * p.parts + part) * p.channels + c + k) * 3, total);
+      store_sums(p, at, k, total);
     }
   }
 }
 
 // One block: a group. Sums of its channels over the parts, then of the group.
 static __global__ void __launch_bounds__(kThreads) merge_sums_kernel(Params p) {
-  const int64_t group = blockIdx.x, n = group / p.groups, first = group % p.groups * p.per_group();
+  const Group group(p);
+  const int64_t n = group.n;
   float g1 = 0.f, g2 = 0.f;
-  for (int64_t i = threadIdx.x; i < p.per_group(); i += kThreads) {
-    const int64_t c = first + i;
+  for (unsigned i = threadIdx.x; i < p.per_group(); i += kThreads) {
+    const int64_t c = group.first + i;
     Sums s;
     for (int64_t part = 0; part < p.parts; ++part) {
       const float* in = p.partial + ((n * p.parts + part) * p.channels + c) * 3;
@@ -383,8 +389,8 @@ static __global__ void __launch_bounds__(kThreads) merge_sums_kernel(Params p) {
   g1 = block_sum<kThreads>(g1);
   g2 = block_sum<kThreads>(g2);
   if (threadIdx.x == 0) {
-    p.group_sums[group * 2] = g1;
-    p.group_sums[group * 2 + 1] = g2;
+    p.group_sums[group.index * 2] = g1;
+    p.group_sums[group.index * 2 + 1] = g2;
   }
 }
 
@@ -431,7 +437,7 @@ static __global__ void __launch_bounds__(kThreads)
   const float positions = float(p.positions), inverse = 1.f / (float(p.per_group()) * positions);
   float weight = 0.f, bias = 0.f;
   for (int64_t n = 0; n < p.samples; ++n) {
-    const int64_t i = n * p.channels + c, group = n * p.groups + c / p.per_group();
+    const int64_t i = n * p.channels + c, group = p.group_of(n, c);
     const float* s = p.sums + i * 3;
     const float factor = 1.f + p.scale.at(n, c, 0.f);
     weight += factor * s[1];

@@ -158,7 +158,10 @@ T __shfl_down_sync(uint32_t mask, T value, int delta, EMULATED_HERE) {
 }
 
 inline float __expf(float x) { return std::exp(x); }
-inline float __fdividef(float x, float y) { return x / y; }
+// 0 for divisors between 2^126 and infinity, as documented.
+inline float __fdividef(float x, float y) {
+  return std::abs(y) > 0x1p126f && std::abs(y) < INFINITY ? x * 0.f : x / y;
+}
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 using std::max;
 using std::min;

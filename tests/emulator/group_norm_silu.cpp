@@ -69,8 +69,7 @@ bool emulated_forward(const Call* call) {
                                 row_statistics_kernel<T, kPack>(p);
                               }
                             }) &&
-           emulator::launch(groups, kThreads, 0, seed,
-                            [&] { merge_statistics_kernel(p, call->columns ? 1 : kPack); }) &&
+           emulator::launch(groups, kThreads, 0, seed, [&] { merge_statistics_kernel(p); }) &&
            emulator::launch(blocks, kThreads, 0, seed, [&] {
              if (call->columns) {
                apply_fwd_kernel<T, kSilu, kPack, true>(p);
