@@ -101,6 +101,7 @@ def stages(device: str, gpu_name: str, full: bool = False) -> list[Stage]:
 
 OP_TESTS = [
     "tests/test_flash_attention.py",
+    "tests/test_flash_attention_inputs.py",
     "tests/test_group_norm_silu.py",
     "tests/test_window_attention.py",
     "tests/test_dilated_attention.py",

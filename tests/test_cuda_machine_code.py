@@ -19,9 +19,10 @@ from vitkit import _library
 HOT = (
     "attention_fwd", "attention_bwd_dq", "attention_bwd_dkv", "attention_dbias_kernel",
     "layer_norm_fwd", "layer_norm_bwd", "patch_project", "patch_dweight", "patch_dimages",
-    "group_norm_silu_fwd", "row_statistics", "column_statistics", "merge_statistics", "apply_fwd",
-    "row_sums", "column_sums", "merge_sums", "apply_bwd", "small_gradients", "gated_residual_fwd", "gated_residual_bwd", "gated_activation_fwd",
-    "gated_activation_bwd", "rope_2d_kernel", "patch_places", "patch_position_sum",
+    "group_norm_silu_fwd", "row_statistics", "column_statistics", "merge_statistics", "row_sums",
+    "column_sums", "merge_sums", "apply_fwd", "apply_bwd", "small_gradients", "gated_residual_fwd",
+    "gated_residual_bwd", "gated_activation_fwd", "gated_activation_bwd", "rope_2d_kernel",
+    "patch_places", "patch_position_sum",
 )  # fmt: skip
 # Disassembled, of one architecture: what most vision transformers use, and the path of float32.
 LOOKED_INTO = re.compile(r"attention_(?!fwd_hopper)\w+_kernelI(13__nv_bfloat16|f)Li64E")
