@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -510,26 +511,31 @@ def verdict_of(driver: str, mutant: Mutant) -> str | None:
     return f"crash, status {status}" if status else found or None
 
 
+def _tried(work: tuple[str, Mutant]) -> tuple[str | None, float]:
+    start = time.monotonic()
+    return verdict_of(*work), time.monotonic() - start
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("drivers", nargs="*", default=list(DRIVERS), help="default: all")
     parser.add_argument("-k", default="", help="only mutants whose name holds this")
+    parser.add_argument("-j", type=int, default=os.cpu_count() or 1, help="mutants at a time")
     options = parser.parse_args()
     sys.path.insert(0, str(TESTS))
-    missed = 0
+    work = []
     for driver in options.drivers:
         silent = [m for *_, m in SILENT] if driver == "flash_attention" else []
         importlib.import_module(DRIVERS[driver].module)  # once, not in every process
-        for mutant in [*TABLE[driver], *silent, *barriers(driver)]:
-            if options.k not in mutant.name:
-                continue
-            start = time.monotonic()
-            verdict = verdict_of(driver, mutant)
+        mutants = [*TABLE[driver], *silent, *barriers(driver)]
+        work += [(driver, m) for m in mutants if options.k in m.name]
+    missed = 0
+    with multiprocessing.get_context("fork").Pool(options.j) as pool:
+        for (driver, mutant), (verdict, seconds) in zip(work, pool.imap(_tried, work), strict=True):
             missed += verdict is None
             state = f"caught: {verdict[:90]}" if verdict else "NOT CAUGHT"
-            print(f"{driver:20} {mutant.name:45} {time.monotonic() - start:4.0f} s  {state}",
-                  flush=True)  # fmt: skip
-    print(f"{missed} not caught" if missed else "all caught")
+            print(f"{driver:20} {mutant.name:45} {seconds:4.0f} s  {state}", flush=True)
+    print(f"{missed} not caught" if missed else f"all {len(work)} caught")
     return 1 if missed else 0
 
 
