@@ -14,22 +14,28 @@ class Float32Gradient {
   static constexpr int64_t kBlockRows = (72 + kTileRows - 1) / kTileRows * kTileRows;
   static constexpr int64_t kRowStep = kTileRows;
   static constexpr int64_t kKeyStep = kPanel;
+  static constexpr int64_t kFewestKeys = 96;
 
   // Three packings of the keys fit a 512 KiB L2 cache. Each row of Q and dO is packed once per
   // cell, which costs about as much as 30 keys.
   static int64_t most_keys(int64_t head_dim) {
-    constexpr int64_t kBytes = 384 << 10, kFewest = 96, kMost = 512;
+    constexpr int64_t kBytes = 384 << 10, kMost = 512;
     const int64_t keys = kBytes / (3 * int64_t(sizeof(float)) * head_dim);
-    return keys < kFewest ? kFewest : (keys > kMost ? kMost : keys);
+    return keys < kFewestKeys ? kFewestKeys : (keys > kMost ? kMost : keys);
   }
 
-  // Rows up to an even number may be written.
+  // Rows up to an even number may be written. Beside the sums, rows of Q and dO that meet several
+  // ranges of keys are kept as they were read first: in their tensors each lies in a page of its
+  // own.
   static int64_t sums_floats(int64_t head_dim, int64_t nq, int64_t nk) {
-    return (round_rows(nq) + 2 * round_rows(nk)) * round_up(head_dim, kLanes);
+    const int64_t width = round_up(head_dim, kLanes), rows = round_rows(nq);
+    const int64_t kept = nk > kFewestKeys ? rows * (2 * width + kConstants + 1) : 0;
+    return (rows + 2 * round_rows(nk)) * width + kept;
   }
 
   Float32Gradient(Arena& arena, int64_t head_dim, int64_t keys)
       : head_dim_(head_dim),
+        most_keys_(keys),
         row_stride_(round_up(head_dim, kLanes)),
         score_stride_(round_up(keys, kPanel) +
                       kPanel),  // not a power of two: rows would share cache sets
@@ -51,9 +57,17 @@ class Float32Gradient {
     dq_ = sums;
     dk_ = dq_ + round_rows(nq) * row_stride_;
     dv_ = dk_ + round_rows(nk) * row_stride_;
+    if (nk <= most_keys_) return;
+    kept_.q = dv_ + round_rows(nk) * row_stride_;
+    kept_.grad = kept_.q + round_rows(nq) * row_stride_;
+    kept_.constants = reinterpret_cast<RowConstants*>(kept_.grad + round_rows(nq) * row_stride_);
+    is_kept_ = reinterpret_cast<float*>(kept_.constants + round_rows(nq));
   }
 
-  void clear_queries(int64_t first, int64_t n) const { clear(dq_, first, n); }
+  void clear_queries(int64_t first, int64_t n) const {
+    clear(dq_, first, n);
+    if (is_kept_) std::memset(is_kept_ + first, 0, size_t(n) * sizeof(float));
+  }
   void clear_keys(int64_t first, int64_t n) const {
     clear(dk_, first, n);
     clear(dv_, first, n);
@@ -81,10 +95,13 @@ class Float32Gradient {
 
   template <typename Map, typename Term, typename Sink>
   void block(const Map& map, const Term& term, const Sink& sink, GradBlock b, float scale) const {
-    pack_queries(map, b);
-    products(map, b, q_, k_transposed_, p_);
-    products(map, b, grad_, v_transposed_, ds_);
-    differentiate(map, term, sink, b, scale);
+    const Queries queries =
+        is_kept_ ? kept_.from(b.q0, row_stride_) : Queries{q_, grad_, constants_};
+    pack_queries(map, b, queries);
+    if (is_kept_ && b.ahead < b.ahead_end && is_kept_[b.ahead] != 0.f) b.ahead = b.ahead_end;
+    products(map, b, queries.q, k_transposed_, p_);
+    products(map, b, queries.grad, v_transposed_, ds_);
+    differentiate(map, term, sink, b, queries.constants, scale);
     add_to_keys(map, b);
     add_to_queries(map, b);
   }
@@ -95,17 +112,35 @@ class Float32Gradient {
   }
   static int64_t tile_rows(int64_t left) { return left < kTileRows ? left : int64_t(kTileRows); }
 
+  // Rows of Q and dO, row-major, and what belongs to them.
+  struct Queries {
+    float *q, *grad;
+    RowConstants* constants;
+
+    Queries from(int64_t row, int64_t stride) const {
+      return {q + row * stride, grad + row * stride, constants + row};
+    }
+  };
+
   template <typename Map>
-  void pack_queries(const Map& map, const GradBlock& b) const {
+  void pack_queries(const Map& map, const GradBlock& b, const Queries& to) const {
+    if (is_kept_ && is_kept_[b.q0] != 0.f) {
+      for (int64_t r = 0; r < b.rows; ++r) {
+        to_panels(to.q + r * row_stride_, r, b.rows, q_panels_);
+        to_panels(to.grad + r * row_stride_, r, b.rows, grad_panels_);
+      }
+      return;
+    }
     for (int64_t r = 0; r < b.rows; ++r) {
       const T* grad = map.grad_row(b.q0 + r, row_);
-      pack_both(map.q_row(b.q0 + r), r, b.rows, q_, q_panels_);
-      pack_both(grad, r, b.rows, grad_, grad_panels_);
-      constants_[r] = row_constants(map, b.q0 + r, grad, head_dim_);
+      pack_both(map.q_row(b.q0 + r), r, b.rows, to.q, q_panels_);
+      pack_both(grad, r, b.rows, to.grad, grad_panels_);
+      to.constants[r] = row_constants(map, b.q0 + r, grad, head_dim_);
     }
+    if (is_kept_) is_kept_[b.q0] = 1.f;
     if (b.rows % 2 == 0) return;
-    std::memset(q_ + b.rows * row_stride_, 0, size_t(row_stride_) * sizeof(float));
-    std::memset(grad_ + b.rows * row_stride_, 0, size_t(row_stride_) * sizeof(float));
+    std::memset(to.q + b.rows * row_stride_, 0, size_t(row_stride_) * sizeof(float));
+    std::memset(to.grad + b.rows * row_stride_, 0, size_t(row_stride_) * sizeof(float));
   }
 
   // One row as a left operand (row-major) and as row r of a right operand (panels of `rows` rows).
@@ -116,6 +151,11 @@ class Float32Gradient {
       store(row_major + r * row_stride_ + d, x);
       store(panels + d / kPanel * kPanel * rows + r * kPanel + d % kPanel, x);
     }
+  }
+
+  void to_panels(const float* row, int64_t r, int64_t rows, float* panels) const {
+    for (int64_t d = 0; d < row_stride_; d += kLanes)
+      store(panels + d / kPanel * kPanel * rows + r * kPanel + d % kPanel, load(row + d));
   }
 
   // to[r][j] = rows[r] . keys[j]
@@ -140,11 +180,11 @@ class Float32Gradient {
   // that the products below read with its neighbours.
   template <typename Map, typename Term, typename Sink>
   void differentiate(const Map& map, const Term& term, const Sink& sink, const GradBlock& b,
-                     float scale) const {
+                     const RowConstants* constants, float scale) const {
     for (int64_t r = 0; r < b.rows; ++r) {
       const int64_t n = visible(map, b, r), end = n + kTileRows;
       const Row row{p_ + r * score_stride_, ds_ + r * score_stride_, n, end < b.nk ? end : b.nk,
-                    constants_[r]};
+                    constants[r]};
       if constexpr (Term::kNone)
         differentiate(row, scale * kLog2e, [](f32v x, int64_t, int) { return x; });
       else
@@ -268,11 +308,15 @@ class Float32Gradient {
       }
   }
 
-  int64_t head_dim_, row_stride_, score_stride_;
+  static constexpr int64_t kConstants = sizeof(RowConstants) / sizeof(float);
+
+  int64_t head_dim_, most_keys_, row_stride_, score_stride_;
   float *k_transposed_, *v_transposed_, *k_, *q_, *grad_, *q_panels_, *grad_panels_, *p_, *ds_;
   RowConstants* constants_;
   T* row_;
   float *dq_ = nullptr, *dk_ = nullptr, *dv_ = nullptr;  // sums
+  Queries kept_{};                                       // of the whole problem
+  float* is_kept_ = nullptr;  // at the first row of every block; null where nothing is kept
 };
 
 }  // namespace vitkit::cpu::VITKIT_ISA
