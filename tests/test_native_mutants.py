@@ -23,6 +23,14 @@ MUTANTS = {
         "attention_backward", LANES, "attention/backward.h",
         "reduce_add(sum) - map.grad_lse(i)", "reduce_add(sum)",
     ),
+    "every block keeps its rows where the first does": (
+        "attention_backward", LANES, "attention/backward_float32.h",
+        "kept_.from(b.q0, row_stride_)", "kept_.from(0, row_stride_)",
+    ),
+    "rows kept for another problem are taken": (
+        "attention_backward", LANES, "attention/backward_float32.h",
+        "size_t(n) * sizeof(float));\n  }\n  void clear_keys", "0);\n  }\n  void clear_keys",
+    ),
     "diagonal attends one key too many": (
         "attention_backward", TILES, "attention/backward.h",
         "b.q0 + r + 1 - b.k0", "b.q0 + r + 2 - b.k0",
