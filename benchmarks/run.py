@@ -167,6 +167,11 @@ def preferred(backend: str) -> Iterator[None]:
         backends.DEFAULT = before
 
 
+# Seconds of one call at torch's own rate for the dtype beyond which a row is left out: its rivals
+# take a dozen such calls.
+LONGEST_CALL = 60.0
+
+
 @dataclass(frozen=True)
 class Manner:
     """How cases are measured: seconds per row, state of the cache, which rivals, and the seconds
@@ -184,6 +189,14 @@ def _measure_or_model(
     """``curve``: the measured points of the case's curve so far."""
     if curve and case.flops / (curve[-1].gflops * 1e9) > manner.time_box:
         return modelled(case, curve[-1])
+    dtype = name_of(case.dtype)
+    rate = roofline.gemm_gflops[dtype]
+    seconds = case.flops / (rate * 1e9)
+    if seconds > LONGEST_CALL:
+        raise LeftOut(
+            f"a call of torch takes about {seconds:.0f} s: it multiplies {dtype} at {rate:.1f}"
+            " GFLOP/s here"
+        )
     return measure(case, device, roofline, manner.seconds, manner.cache, manner.thorough)
 
 

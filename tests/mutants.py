@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,7 @@ DRIVERS = {
     "dilated_attention": Driver("test_emulated_dilated_attention", (), "sanitized_maps"),
 }
 BARRIERS = ("__syncthreads();", "__syncwarp();")
+NOT_TRIED = 3  # exit status
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ TABLE: dict[str, list[Mutant]] = {
            "p.channels : begin;", "end = start + part_end(p, part) * p.channels;"),
         _m("merge_forgets_the_cross_term", "m2 += other.m2 + delta * delta * count * share;",
            "m2 += other.m2;", True),
-        _m("statistics_without_add", "in[0] + p.add.at(n, c, 0.f)", "in[0]"),
+        _m("statistics_without_add", "in[0] + p.add.at(group.n, c, 0.f)", "in[0]"),
         _m("slope_of_the_sigmoid_alone", "s * (1.f + z * (1.f - s))", "s * (1.f - s)"),
         _m("part_of_a_row_twice", "end = start + part_end(p, part);", "end = start + p.positions;"),
         _m("last_part_behind_the_end", "min((part + 1) * p.part_length, p.positions)",
@@ -502,12 +504,18 @@ def verdict_of(driver: str, mutant: Mutant) -> str | None:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        os.write(writer, (caught_by(driver, mutant) or "").encode())
-        os._exit(0)
+        try:
+            os.write(writer, (caught_by(driver, mutant) or "").encode())
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(NOT_TRIED)
     os.close(writer)
     with os.fdopen(reader) as pipe:
         found = pipe.read()
     status = os.waitpid(child, 0)[1]
+    if status == NOT_TRIED << 8:
+        raise RuntimeError(f"{driver}: {mutant.name} could not be tried: see above")
     return f"crash, status {status}" if status else found or None
 
 

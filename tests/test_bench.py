@@ -296,3 +296,8 @@ def test_what_takes_too_long_is_left_out_and_named(monkeypatch):
     found = run.run([slow], "cpu", run.Manner(0.01))
     assert not found.failures and list(found.facts["too_long"].values()) == ["a call takes an hour"]
     assert "Left out:" in report.markdown(found.facts, [])
+    rate = ROOFLINE.gemm_gflops["float32"] * 1e9
+    slow = dataclasses.replace(case(lambda: [X.sin()]), flops=61 * rate)
+    found = run.run([slow], "cpu", run.Manner(0.01))
+    assert "a call of torch takes about 61 s" in next(iter(found.facts["too_long"].values()))
+    assert not found.rows and not found.failures
