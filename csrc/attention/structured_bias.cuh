@@ -125,8 +125,8 @@ class StructuredSink {
     sums_ =
         term.sums ? term.sums + (block * warps + warp) * 16 * lines : shared + warp * 16 * lines;
     stage_ = shared + (term.sums ? 0 : warps * 16 * lines);
+    // The barrier of the first step stands between this and add().
     for (int i = lane_id(); i < 16 * lines; i += kWarp) sums_[i] = 0.f;
-    __syncwarp();
   }
 
   // Queries from `row` on and keys from `column` on are those of the lane's first element.
@@ -144,6 +144,7 @@ class StructuredSink {
     if (decomposed_) add_to_grid(ds, span, column - lane_id() % 4 * 2);
   }
 
+  // Behind a barrier of the block that follows the last add().
   __device__ __forceinline__ void finish(const Span& span) {
     const int warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp;
     if (distance_) {
@@ -154,7 +155,6 @@ class StructuredSink {
     }
     if (!decomposed_) return;
     const int lines = term_.grid_lines(), height = term_.decomposed.height;
-    __syncwarp();
     for (int r = 0; r < 16; ++r) {
       const int query = span.first + warp * 16 + r;
       if (query >= span.n_q) return;
