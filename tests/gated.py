@@ -141,15 +141,3 @@ def bad_calls():
         ("gate_last", dict(x=x, gate_last=1), TypeError, "gate_last must be a bool, got int"),
         ("backend", dict(x=x, backend="gpu"), ValueError, "backend must be one of .* got 'gpu'"),
     ]
-
-
-def check_bad_call(op, arguments, error, message, device):
-    arguments = {
-        n: t.to(device) if isinstance(t, torch.Tensor) and not t.is_meta else t
-        for n, t in arguments.items()
-    }
-    public = getattr(vitkit, op)
-    asked = arguments.pop("backend", None)
-    for backend in ("auto", device, "triton", "reference") if asked is None else (asked,):
-        with pytest.raises(error, match=f"^{op}: .*{message}"):
-            public(**arguments, backend=backend)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from refusals import check_bad_call
 
 import vitkit
 from vitkit import backends
@@ -93,14 +94,7 @@ def offsets(*values, dtype=torch.int32):
     ],
 )
 def test_bad_input(arguments, error, message, device):
-    arguments = {
-        n: t.to(device) if isinstance(t, torch.Tensor) and t.device.type != "meta" else t
-        for n, t in arguments.items()
-    }
-    backends = ("auto", device, "triton", "reference")
-    for backend in backends if "backend" not in arguments else (arguments.pop("backend"),):
-        with pytest.raises(error, match=f"^flash_attention: .*{message}"):
-            vitkit.flash_attention(**arguments, backend=backend)
+    check_bad_call("flash_attention", arguments, error, message, device)
 
 
 def test_offsets_changed_in_place_are_checked_again(device):

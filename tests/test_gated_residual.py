@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from numerics import DTYPES, assert_parity, double, gradients
+from refusals import check_bad_call
 
 import vitkit
 from vitkit.ops.gated_residual import reference
@@ -150,14 +151,7 @@ X = torch.zeros(2, 5, 8)
 )
 def test_bad_input(arguments, error, message, device):
     given = {"x": X, "y": X, "gate": X[0, 0], **arguments}
-    given = {
-        n: t.to(device) if isinstance(t, torch.Tensor) and t.device.type != "meta" else t
-        for n, t in given.items()
-    }
-    backends = ("auto", device, "triton", "reference")
-    for backend in backends if "backend" not in given else (given.pop("backend"),):
-        with pytest.raises(error, match=f"^gated_residual: .*{message}"):
-            vitkit.gated_residual(**given, backend=backend)
+    check_bad_call("gated_residual", given, error, message, device)
 
 
 def test_float64_runs_on_the_reference_only(device):

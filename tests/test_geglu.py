@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import DTYPES, gradients
+from refusals import check_bad_call
 
 import vitkit
 
@@ -75,7 +76,7 @@ BAD["approximate"] = (
 
 @pytest.mark.parametrize(("arguments", "error", "message"), BAD.values(), ids=BAD)
 def test_bad_input(arguments, error, message, device):
-    gated.check_bad_call("geglu", arguments, error, message, device)
+    check_bad_call("geglu", arguments, error, message, device)
 
 
 def test_a_call_that_was_right_once_does_not_excuse_a_wrong_one(device):

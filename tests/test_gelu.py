@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import DTYPES, assert_parity, gradients
+from refusals import check_bad_call
 
 import vitkit
 
@@ -132,4 +133,4 @@ def test_empty(device, backend):
     ids=["a_list", "integers", "approximate"],
 )
 def test_bad_input(arguments, error, message, device):
-    gated.check_bad_call("gelu", arguments, error, message, device)
+    check_bad_call("gelu", arguments, error, message, device)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import DTYPES, assert_parity, double, eager_group_norm, gradients
+from refusals import check_bad_call
 
 import vitkit
 from vitkit.ops.group_norm_silu import reference
@@ -280,14 +281,7 @@ X = torch.zeros(2, 8, 3, 3)
     ],
 )
 def test_bad_input(arguments, error, message, device):
-    arguments = {
-        n: t.to(device) if isinstance(t, torch.Tensor) and t.device.type != "meta" else t
-        for n, t in arguments.items()
-    }
-    backends = ("auto", device, "triton", "reference")
-    for backend in backends if "backend" not in arguments else (arguments.pop("backend"),):
-        with pytest.raises(error, match=f"^group_norm_silu: .*{message}"):
-            vitkit.group_norm_silu(**arguments, backend=backend)
+    check_bad_call("group_norm_silu", arguments, error, message, device)
 
 
 def test_float64_runs_on_the_reference_only(device):

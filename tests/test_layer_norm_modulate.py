@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import DTYPES, assert_parity, double, eager_layer_norm, gradients
+from refusals import check_bad_call
 
 import vitkit
 from vitkit.ops.layer_norm_modulate import MAX_GPU_WIDTH, reference
@@ -275,14 +276,7 @@ X = torch.zeros(2, 5, 8)
     ],
 )
 def test_bad_input(arguments, error, message, device):
-    arguments = {
-        n: t.to(device) if isinstance(t, torch.Tensor) and t.device.type != "meta" else t
-        for n, t in arguments.items()
-    }
-    backends = ("auto", device, "triton", "reference")
-    for backend in backends if "backend" not in arguments else (arguments.pop("backend"),):
-        with pytest.raises(error, match=f"^layer_norm_modulate: .*{message}"):
-            vitkit.layer_norm_modulate(**arguments, backend=backend)
+    check_bad_call("layer_norm_modulate", arguments, error, message, device)
 
 
 def test_reasons(device):

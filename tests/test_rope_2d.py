@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import DTYPES, assert_parity, double, gradients
+from refusals import check_bad_call
 
 import vitkit
 
@@ -269,14 +270,8 @@ BAD = {
 
 @pytest.mark.parametrize(("changes", "error", "message"), BAD.values(), ids=BAD)
 def test_bad_input(changes, error, message, device):
-    arguments = {
-        n: t.to(device) if isinstance(t, torch.Tensor) and not t.is_meta else t
-        for n, t in ({"q": Q, "k": Q, "cos": T, "sin": T} | changes).items()
-    }
-    asked = arguments.pop("backend", None)
-    for backend in ("auto", device, "triton", "reference") if asked is None else (asked,):
-        with pytest.raises(error, match=f"^rope_2d: .*{message}"):
-            vitkit.rope_2d(**arguments, backend=backend)
+    given = {"q": Q, "k": Q, "cos": T, "sin": T} | changes
+    check_bad_call("rope_2d", given, error, message, device)
 
 
 def test_float64_runs_on_the_reference_only(device):

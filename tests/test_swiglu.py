@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import DTYPES, double, gradients
+from refusals import check_bad_call
 
 import vitkit
 
@@ -114,7 +115,7 @@ BAD = {why: rest for why, *rest in gated.bad_calls()}
 
 @pytest.mark.parametrize(("arguments", "error", "message"), BAD.values(), ids=BAD)
 def test_bad_input(arguments, error, message, device):
-    gated.check_bad_call("swiglu", arguments, error, message, device)
+    check_bad_call("swiglu", arguments, error, message, device)
 
 
 def test_float64_runs_on_the_reference_only(device):
