@@ -125,10 +125,12 @@ class Float32Gradient {
   template <typename Map>
   void pack_queries(const Map& map, const GradBlock& b, const Queries& to) const {
     if (is_kept_ && is_kept_[b.q0] != 0.f) {
-      for (int64_t r = 0; r < b.rows; ++r) {
-        to_panels(to.q + r * row_stride_, r, b.rows, q_panels_);
-        to_panels(to.grad + r * row_stride_, r, b.rows, grad_panels_);
-      }
+      const auto pack = [&](const float* rows, float* panels) {
+        pack_panels<float>([&](int64_t r) { return rows + r * row_stride_; }, 0, b.rows, head_dim_,
+                           panels);
+      };
+      pack(to.q, q_panels_);
+      pack(to.grad, grad_panels_);
       return;
     }
     for (int64_t r = 0; r < b.rows; ++r) {
@@ -151,11 +153,6 @@ class Float32Gradient {
       store(row_major + r * row_stride_ + d, x);
       store(panels + d / kPanel * kPanel * rows + r * kPanel + d % kPanel, x);
     }
-  }
-
-  void to_panels(const float* row, int64_t r, int64_t rows, float* panels) const {
-    for (int64_t d = 0; d < row_stride_; d += kLanes)
-      store(panels + d / kPanel * kPanel * rows + r * kPanel + d % kPanel, load(row + d));
   }
 
   // to[r][j] = rows[r] . keys[j]
