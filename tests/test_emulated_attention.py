@@ -169,7 +169,7 @@ CASES = {
     "causal_fewer_keys": ((F16, 1, 70, 40, 1, 32), {}, {"causal": True}),
     "negative_scale": ((F16, 1, 20, 33, 1, 32), {}, {"scale": -0.2}),
     "zero_scale": ((BF16, 1, 20, 33, 1, 32), {}, {"scale": 0.0}),
-    "bias_shared_by_batch": ((BF16, 2, 37, 37, 2, 32), {"bias": (1, 2, 37, 37)}, {"chunks": 2}),
+    "bias_shared_by_all": ((BF16, 2, 37, 37, 2, 32), {"bias": (1, 1, 37, 37)}, {"chunks": 2}),
     "bias_of_float32": (
         (F16, 1, 20, 70, 2, 32), {"bias": (1, 1, 20, 70), "bias_dtype": FLOAT}, {"causal": True},
     ),
@@ -197,6 +197,16 @@ def test_emulated_offsets_beyond_32_bits(library):
     for t in tensors:
         t.copy_(torch.randn(t.shape))
     check(library, [*tensors, None])
+
+
+def far_below_zero():
+    """Scores of about -800: what stands for a key behind the last would weigh exp(800)."""
+    q, k, v, _ = make(BF16, 1, 37, 75, 1, 32)
+    return [q + 12, k - 12, v, None]
+
+
+def test_emulated_scores_far_below_zero(library):
+    check(library, far_below_zero())
 
 
 def test_emulated_lowest_float_bias_attends(library):
@@ -261,6 +271,8 @@ def test_emulated_thread_order_changes_nothing(library, dtype):
 def catch(csrc):
     """Raises AssertionError if the kernels in ``csrc`` are broken."""
     broken = load(emulated("flash_attention", csrc=csrc, flags=("-shared", *one_kernel(32))), Call)
-    for name in ("bf16_ragged", "causal", "bias_shared_by_batch"):
+    for name in ("bf16_ragged", "causal", "bias_shared_by_all"):
         arguments, making, options = CASES[name]
         check(broken, make(*arguments, **making), **options)
+    check(broken, far_below_zero())
+    test_emulated_packed_sequences(broken, causal=False, more_q=2, more_k=0)

@@ -117,14 +117,14 @@ __device__ __forceinline__ void multiply_columns(float (&d)[kRowTiles][kOut][4],
 
 // Writes a warp's accumulators to rows [first, ...) below `n`, by way of its own rows of a tile, in
 // 16-byte stores. Columns of the accumulators begin at `column`. Rows whose token is below 0 are
-// not stored.
+// not stored. Behind a barrier that follows every copy to the tile and every read of another lane's
+// elements.
 template <typename T, int kColumns, int kRowTiles, int kTiles, typename Token>
 __device__ __forceinline__ void store_rows(const float (&d)[kRowTiles][kTiles][4],
                                            const SharedTile<T, kColumns>& tile, int tile_row,
                                            T* plane, int64_t stride, int first, int n, int column,
                                            int head_dim, Token&& token) {
   const int lane = lane_id(), group = lane / 4, pair = lane % 4 * 2;
-  __syncwarp();
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll

@@ -82,17 +82,17 @@ struct DenseTerm {
     const E* const plane = static_cast<const E*>(data) + span.batch * batch + span.head * head;
     const int64_t row_stride = kTransposed ? key : query, column_stride = kTransposed ? query : key;
     const int rows = kTransposed ? span.n_k : span.n_q, columns = kTransposed ? span.n_q : span.n_k;
+    // Beyond the end, what is added does not matter.
+    const E* const lines[2] = {plane + min(row, rows - 1) * row_stride,
+                               plane + min(row + 8, rows - 1) * row_stride};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      // Beyond the end, what is added does not matter.
-      const E* const line = plane + min(row + half * 8, rows - 1) * row_stride;
+    for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          s[n][half * 2 + i] +=
-              log2_of_weight(line[min(column + n * 8 + i, columns - 1) * column_stride]);
-    }
+      for (int i = 0; i < 2; ++i) {
+        const int64_t at = min(column + n * 8 + i, columns - 1) * column_stride;
+        s[n][i] += log2_of_weight(lines[0][at]);
+        s[n][2 + i] += log2_of_weight(lines[1][at]);
+      }
   }
 };
 

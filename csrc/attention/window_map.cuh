@@ -14,7 +14,7 @@ namespace vitkit::attention {
 
 struct WindowSpan : Span {
   int y, x;      // of the window's first place in the shifted grid
-  int64_t part;  // of (window, tile) pairs
+  int part;      // of (window, tile) pairs
 };
 
 struct WindowMap {
@@ -44,7 +44,7 @@ struct WindowMap {
     const int tile_of_window = int(block % tiles);
     const int64_t window = block / tiles / heads;
     WindowSpan s = tile(window, block / tiles % heads, tile_of_window * rows_of_block);
-    s.part = window * tiles + tile_of_window;
+    s.part = int(window) * tiles + tile_of_window;
     return s;
   }
   __device__ __forceinline__ WindowSpan tile(int64_t window, int64_t head, int first) const {
@@ -86,7 +86,8 @@ struct WindowMap {
     if (dpads == nullptr) return;
     const int warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp;
     const bool low = row < s.n_k && key(s, row) < 0, high = row + 8 < s.n_k && key(s, row + 8) < 0;
-    float* const to = dpads + (((s.part * warps + warp) * heads + s.head) * 2 + part) * head_dim;
+    const int64_t copy = int64_t(s.part) * warps + warp;
+    float* const to = dpads + ((copy * heads + s.head) * 2 + part) * head_dim;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
@@ -158,8 +159,8 @@ struct WindowTerm {
     const int warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp;
     const float sum = warp_sum(lane_id() % 4 == 0 ? along[0] + along[1] : 0.f);
     const bool constant = logit_scale[span.head] > kMaxLogitScale;
-    if (lane_id() == 0)
-      dlogit_scale[(span.part * warps + warp) * heads + span.head] = constant ? 0.f : sum;
+    const int64_t copy = int64_t(span.part) * warps + warp;
+    if (lane_id() == 0) dlogit_scale[copy * heads + span.head] = constant ? 0.f : sum;
   }
 
  private:
