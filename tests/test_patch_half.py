@@ -11,6 +11,8 @@ import torch
 from numerics import assert_parity
 
 import vitkit
+from vitkit._switch import Switch
+from vitkit.models import create, list_models
 from vitkit.nn import products
 
 HALF = (torch.bfloat16, torch.float16)
@@ -59,12 +61,18 @@ def test_the_error_is_that_of_one_rounding(slow, name, dtype):
     assert ((found[0].double() - exact[0]).abs() <= 0.51 * eps * exact[0].abs() + 1e-5).all()
 
 
-def test_products_really_are_in_float32(slow, monkeypatch):
-    seen = []
+@pytest.fixture
+def seen(monkeypatch):
+    """Dtypes of the products that torch computes."""
+    dtypes = []
     inner = torch.nn.functional.linear
     monkeypatch.setattr(
-        torch.nn.functional, "linear", lambda x, w, b=None: seen.append(x.dtype) or inner(x, w, b)
+        torch.nn.functional, "linear", lambda x, w, b=None: dtypes.append(x.dtype) or inner(x, w, b)
     )
+    return dtypes
+
+
+def test_products_really_are_in_float32(slow, seen):
     layer = torch.nn.Linear(16, 8).bfloat16()
     vitkit.patch(layer)
     layer(torch.randn(products.FEW_ROWS, 16).bfloat16())
@@ -102,6 +110,29 @@ def test_a_patched_layer_is_one_like_any_other(slow):
         assert torch.equal(twin(x), before)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), after)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_the_models_of_vitkit_need_no_patch_for_it(name, slow):
+    model = create(name, reduced=True).bfloat16()
+    assert not [r for r in vitkit.patch(model, dry_run=True).replaced if "float32" in r.by]
+
+
+def test_a_backend_is_honoured(slow, seen):
+    """The reference multiplies as torch does, and is what verify compares with."""
+    torch.manual_seed(0)
+    model = create("vit_s16", reduced=True).bfloat16().eval()
+    plain = create("vit_s16", reduced=True, backend="reference").bfloat16().eval()
+    plain.load_state_dict(model.state_dict())
+    images = model.example_inputs(batch=1)[0].bfloat16()
+    model(images)
+    assert torch.float32 in seen
+    seen.clear()
+    plain(images)
+    assert set(seen) == {torch.bfloat16}
+    assert (
+        "Linear" in Switch(model, "auto").own and "Linear" not in Switch(plain.float(), "auto").own
+    )
 
 
 def test_it_follows_what_torch_can_do():

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vitkit.nn import products
 from vitkit.patch import Report, patch, unpatch
 
 
@@ -28,7 +29,7 @@ class Switch:
         self.report: Report = patch(model, backend=backend, dry_run=True)
         modules = [m for m in model.modules() if _is_of(m, "vitkit.")]
         self._before = [(m, m.__dict__.get("vitkit_backend")) for m in modules]
-        self.own = dict(Counter(type(m).__name__ for m in modules if _is_of(m, "vitkit.nn.")))
+        self.own = dict(Counter(type(m).__name__ for m in modules if _has_kernels(m)))
 
     def off(self) -> None:
         unpatch(self.model)
@@ -54,7 +55,7 @@ class Switch:
     def places(self) -> set[str]:
         """Paths of the modules around whatever has kernels: a module may compute its neighbour
         along with itself (a norm its activation), so that its own output has no counterpart."""
-        own = {id(m) for m, _ in self._before if _is_of(m, "vitkit.nn.")}
+        own = {id(m) for m, _ in self._before if _has_kernels(m)}
         named = ((n, m) for n, m in self.model.named_modules() if id(m) in own)
         names = itertools.chain((r.name for r in self.report.replaced), (n for n, _ in named))
         return {n.rpartition(".")[0] for n in names} - {""}
@@ -63,6 +64,12 @@ class Switch:
 def _is_of(module: torch.nn.Module, package: str) -> bool:
     """Whether its class, or one it is derived from, is of that package."""
     return any(cls.__module__.startswith(package) for cls in type(module).__mro__)
+
+
+def _has_kernels(module: torch.nn.Module) -> bool:
+    if isinstance(module, products.Linear | products._Convolution):
+        return products.products_are_slow(module.weight.dtype, module.weight.device.type)
+    return _is_of(module, "vitkit.nn.")
 
 
 def widened(values: Any) -> Any:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from vitkit.models.layers import ImageModel, init_weights, narrow_encoder, token_parameter
 from vitkit.models.registry import Entry, Family
-from vitkit.nn import LayerNorm, Mlp, PatchEmbed, attend, gated_residual
+from vitkit.nn import LayerNorm, Linear, Mlp, PatchEmbed, attend, gated_residual
 from vitkit.nn.products import linear
 
 
@@ -55,11 +55,11 @@ class BiasedAttention(torch.nn.Module):
     def __init__(self, dim: int, num_heads: int, grid: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = torch.nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
         self.q_bias = torch.nn.Parameter(torch.zeros(dim))
         self.v_bias = torch.nn.Parameter(torch.zeros(dim))
         self.relative_position_bias_table = token_parameter((2 * grid - 1) ** 2 + 3, num_heads)
-        self.proj = torch.nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
@@ -100,7 +100,7 @@ class BEiT(ImageModel):
         self.register_buffer("relative_position_index", index, persistent=False)
         self.blocks = torch.nn.ModuleList(Block(c) for _ in range(c.depth))
         self.fc_norm = LayerNorm(c.dim, eps=c.eps)
-        self.head = torch.nn.Linear(c.dim, c.num_classes) if c.num_classes else torch.nn.Identity()
+        self.head = Linear(c.dim, c.num_classes) if c.num_classes else torch.nn.Identity()
         init_weights(self)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from vitkit.models.layers import ImageModel
 from vitkit.models.registry import Entry, Family
 from vitkit.models.vit import VisionTransformer, ViTConfig
-from vitkit.nn import LayerNorm, MultiheadAttention, attend
+from vitkit.nn import LayerNorm, Linear, MultiheadAttention, attend
 
 # Both write LayerNorm() without eps, except in the trunk.
 POOL_EPS = 1e-5
@@ -40,9 +40,9 @@ class BiaslessPooler(torch.nn.Module):
         self.query = torch.nn.Parameter(torch.randn(queries, dim))
         self.ln_k = LayerNorm(context_dim, eps=POOL_EPS)
         self.ln_q = LayerNorm(dim, eps=POOL_EPS)
-        self.to_q = torch.nn.Linear(dim, dim, bias=False)
-        self.to_kv = torch.nn.Linear(context_dim, 2 * dim, bias=False)
-        self.to_out = torch.nn.Linear(dim, dim, bias=False)
+        self.to_q = Linear(dim, dim, bias=False)
+        self.to_kv = Linear(context_dim, 2 * dim, bias=False)
+        self.to_out = Linear(dim, dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, N, context_dim] -> [B, queries, dim]"""

@@ -11,7 +11,7 @@ import torch
 
 from vitkit.models.layers import Block, init_weights, token_parameter
 from vitkit.models.registry import Entry, Family
-from vitkit.nn import LayerNorm
+from vitkit.nn import LayerNorm, Linear
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class DALLE(torch.nn.Module):
             Block(c.dim, c.num_heads, 4 * c.dim) for _ in range(c.depth)
         )
         self.norm = LayerNorm(c.dim, eps=1e-6)
-        self.head = torch.nn.Linear(c.dim, c.text_tokens + c.text_length + c.image_tokens)
+        self.head = Linear(c.dim, c.text_tokens + c.text_length + c.image_tokens)
         for kind in ("row", "column", "neighbourhood"):
             # The start belongs to the text; nothing sees the last token.
             mask = sparse_mask(kind, 1 + c.text_length, c.grid, c.kernel)[:-1, :-1]

@@ -10,6 +10,7 @@ from vitkit.models.layers import ImageModel, init_weights, make_mlp, narrow_enco
 from vitkit.models.registry import Entry, Family
 from vitkit.nn import (
     LayerNorm,
+    Linear,
     PatchEmbed,
     RotaryEmbedding2d,
     SwiGLU,
@@ -55,8 +56,8 @@ class RotaryAttention(torch.nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = torch.nn.Linear(dim, 3 * dim, bias=False)
-        self.proj = torch.nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from vitkit.models.layers import init_weights, sincos_2d, timestep_embedding
 from vitkit.models.registry import Entry, Family
-from vitkit.nn import AdaLayerNorm, Attention, Mlp, PatchEmbed, gated_residual
+from vitkit.nn import AdaLayerNorm, Attention, Linear, Mlp, PatchEmbed, gated_residual
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,7 @@ class TimestepEmbedder(torch.nn.Module):
     def __init__(self, dim: int, frequencies: int = 256) -> None:
         super().__init__()
         self.frequencies = frequencies
-        self.mlp = torch.nn.Sequential(
-            torch.nn.Linear(frequencies, dim), torch.nn.SiLU(), torch.nn.Linear(dim, dim)
-        )
+        self.mlp = torch.nn.Sequential(Linear(frequencies, dim), torch.nn.SiLU(), Linear(dim, dim))
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         dtype = next(self.mlp.parameters()).dtype
@@ -67,7 +65,7 @@ class LabelEmbedder(torch.nn.Module):
 def modulation(dim: int, parts: int) -> torch.nn.Sequential:
     """From the condition to shifts, scales and gates; zero at first, so that a block starts as the
     identity."""
-    linear = torch.nn.Linear(dim, parts * dim)
+    linear = Linear(dim, parts * dim)
     return torch.nn.Sequential(torch.nn.SiLU(), linear)
 
 
@@ -90,7 +88,7 @@ class FinalLayer(torch.nn.Module):
     def __init__(self, dim: int, outputs: int) -> None:
         super().__init__()
         self.norm_final = AdaLayerNorm(dim)
-        self.linear = torch.nn.Linear(dim, outputs)
+        self.linear = Linear(dim, outputs)
         self.adaLN_modulation = modulation(dim, 2)
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from vitkit.models.dit import (
 )
 from vitkit.models.layers import init_weights
 from vitkit.models.registry import Entry, Family
-from vitkit.nn import AdaLayerNorm, SwiGLU, attend, gated_residual, rotate
+from vitkit.nn import AdaLayerNorm, Linear, SwiGLU, attend, gated_residual, rotate
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class RotaryAttention(torch.nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = torch.nn.Linear(dim, 3 * dim)
-        self.proj = torch.nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(
         self, x: torch.Tensor, mask: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -89,7 +89,7 @@ class PatchEmbedder(torch.nn.Module):
 
     def __init__(self, inputs: int, dim: int) -> None:
         super().__init__()
-        self.proj = torch.nn.Linear(inputs, dim)
+        self.proj = Linear(inputs, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.proj(x)

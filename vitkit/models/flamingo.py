@@ -9,7 +9,7 @@ import torch
 
 from vitkit.models.layers import init_weights
 from vitkit.models.registry import Entry, Family
-from vitkit.nn import GELU, LayerNorm, attend
+from vitkit.nn import GELU, LayerNorm, Linear, attend
 
 EPS = 1e-5
 
@@ -44,9 +44,9 @@ class ResamplerAttention(torch.nn.Module):
         inner = c.num_heads * c.head_dim
         self.norm_media = LayerNorm(c.dim, eps=EPS)
         self.norm_latents = LayerNorm(c.dim, eps=EPS)
-        self.to_q = torch.nn.Linear(c.dim, inner, bias=False)
-        self.to_kv = torch.nn.Linear(c.dim, 2 * inner, bias=False)
-        self.to_out = torch.nn.Linear(inner, c.dim, bias=False)
+        self.to_q = Linear(c.dim, inner, bias=False)
+        self.to_kv = Linear(c.dim, 2 * inner, bias=False)
+        self.to_out = Linear(inner, c.dim, bias=False)
 
     def forward(self, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         latents = self.norm_latents(latents)
@@ -65,8 +65,8 @@ class Resampler(torch.nn.Module):
         self.latents = torch.nn.Parameter(torch.randn(c.latents, c.dim))
 
         def feed_forward() -> torch.nn.Sequential:
-            wide = torch.nn.Linear(c.dim, 4 * c.dim, bias=False)
-            narrow = torch.nn.Linear(4 * c.dim, c.dim, bias=False)
+            wide = Linear(c.dim, 4 * c.dim, bias=False)
+            narrow = Linear(4 * c.dim, c.dim, bias=False)
             return torch.nn.Sequential(LayerNorm(c.dim, eps=EPS), wide, GELU(), narrow)
 
         self.layers = torch.nn.ModuleList(

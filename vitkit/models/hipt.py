@@ -12,7 +12,7 @@ from vitkit.models import vit
 from vitkit.models.layers import Block, init_weights, resample_positions, token_parameter
 from vitkit.models.registry import Entry, Family
 from vitkit.models.vit import VisionTransformer, ViTConfig
-from vitkit.nn import GELU, LayerNorm
+from vitkit.nn import GELU, LayerNorm, Linear
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class RegionTransformer(torch.nn.Module):
 
     def __init__(self, given: int, c: HIPTConfig) -> None:
         super().__init__()
-        self.phi = torch.nn.Sequential(torch.nn.Linear(given, c.dim), GELU())
+        self.phi = torch.nn.Sequential(Linear(given, c.dim), GELU())
         self.cls_token = token_parameter(1, 1, c.dim)
         self.pos_embed = token_parameter(1, c.position_grid**2 + 1, c.dim)
         self.blocks = torch.nn.ModuleList(

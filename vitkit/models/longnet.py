@@ -14,7 +14,7 @@ import torch
 
 from vitkit.models.layers import init_weights, sincos_1d
 from vitkit.models.registry import Entry, Family
-from vitkit.nn import DilatedAttention, LayerNorm, gelu
+from vitkit.nn import DilatedAttention, LayerNorm, Linear, gelu
 
 DILATION_RATIOS = (1, 2, 4, 8, 16)
 
@@ -80,8 +80,8 @@ class FeedForward(torch.nn.Module):
 
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.fc1 = torch.nn.Linear(dim, 4 * dim)
-        self.fc2 = torch.nn.Linear(4 * dim, dim)
+        self.fc1 = Linear(dim, 4 * dim)
+        self.fc2 = Linear(4 * dim, dim)
         self.ffn_layernorm = LayerNorm(4 * dim, eps=eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -128,7 +128,7 @@ class Encoder(torch.nn.Module):
 class TileEmbed(torch.nn.Module):
     def __init__(self, tile_dim: int, dim: int) -> None:
         super().__init__()
-        self.proj = torch.nn.Linear(tile_dim, dim)
+        self.proj = Linear(tile_dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.proj(x)

@@ -10,7 +10,7 @@ import torch
 
 from vitkit.models.layers import ImageModel, init_weights
 from vitkit.models.registry import Entry, Family
-from vitkit.nn import LayerNorm, attend, gelu
+from vitkit.nn import LayerNorm, Linear, attend, gelu
 
 EPS = 1e-5
 
@@ -54,15 +54,15 @@ class _Core(torch.nn.Module):
         super().__init__()
         self.layernorm1 = LayerNorm(q_dim, eps=EPS)
         self.layernorm2 = LayerNorm(kv_dim, eps=EPS) if crosses else torch.nn.Identity()
-        self.query = torch.nn.Linear(q_dim, head_dims)
-        self.key = torch.nn.Linear(kv_dim, head_dims)
-        self.value = torch.nn.Linear(kv_dim, head_dims)
+        self.query = Linear(q_dim, head_dims)
+        self.key = Linear(kv_dim, head_dims)
+        self.value = Linear(kv_dim, head_dims)
 
 
 class _Dense(torch.nn.Module):
     def __init__(self, given: int, made: int) -> None:
         super().__init__()
-        self.dense = torch.nn.Linear(given, made)
+        self.dense = Linear(given, made)
 
 
 class PerceiverAttention(torch.nn.Module):
@@ -87,8 +87,8 @@ class PerceiverAttention(torch.nn.Module):
 class PerceiverMLP(torch.nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.dense1 = torch.nn.Linear(dim, dim)
-        self.dense2 = torch.nn.Linear(dim, dim)
+        self.dense1 = Linear(dim, dim)
+        self.dense2 = Linear(dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.dense2(gelu(self, self.dense1(x)))
@@ -134,7 +134,7 @@ class _Decoder(torch.nn.Module):
         super().__init__()
         self.output_position_encodings = _Query(c.dim)
         self.decoding_cross_attention = PerceiverLayer(c.dim, 1, c.dim)
-        self.final_layer = torch.nn.Linear(c.dim, c.num_classes)
+        self.final_layer = Linear(c.dim, c.num_classes)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         learned = self.output_position_encodings.position_embeddings

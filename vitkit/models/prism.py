@@ -9,7 +9,7 @@ import torch
 
 from vitkit.models.layers import init_weights
 from vitkit.models.registry import Entry, Family
-from vitkit.nn import LayerNorm, MultiheadAttention, attend, geglu
+from vitkit.nn import LayerNorm, Linear, MultiheadAttention, attend, geglu
 
 EPS = 1e-5
 
@@ -56,9 +56,9 @@ class TileAttention(torch.nn.Module):
     def __init__(self, c: PRISMConfig) -> None:
         super().__init__()
         self.x_norm = LayerNorm(c.dim, eps=EPS)
-        self.to_q = torch.nn.Linear(c.dim, c.dim, bias=False)
-        self.to_kv = torch.nn.Linear(c.tile_dim, 2 * c.dim, bias=False)
-        self.to_out = torch.nn.Linear(c.dim, c.dim, bias=False)
+        self.to_q = Linear(c.dim, c.dim, bias=False)
+        self.to_kv = Linear(c.tile_dim, 2 * c.dim, bias=False)
+        self.to_out = Linear(c.dim, c.dim, bias=False)
 
     def forward(self, x: torch.Tensor, kv: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         k, v = kv.unflatten(-1, (2, 1, -1)).unbind(2)
@@ -85,8 +85,8 @@ class GatedFeedForward(torch.nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm = LayerNorm(dim, eps=EPS)
-        wide = torch.nn.Linear(dim, 2 * dim)
-        self.net = torch.nn.Sequential(wide, _Geglu(), torch.nn.Linear(dim, dim))
+        wide = Linear(dim, 2 * dim)
+        self.net = torch.nn.Sequential(wide, _Geglu(), Linear(dim, dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.net(self.norm(x))

@@ -9,7 +9,7 @@ import torch
 
 from vitkit.models.layers import ImageModel, init_weights, narrow_encoder
 from vitkit.models.registry import Entry, Family
-from vitkit.nn import LayerNorm, Mlp, MultiheadAttention, attend, patch_embed
+from vitkit.nn import Conv2d, LayerNorm, Linear, Mlp, MultiheadAttention, attend, patch_embed
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class SelfAttention(torch.nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.k_proj = torch.nn.Linear(dim, dim)
-        self.v_proj = torch.nn.Linear(dim, dim)
-        self.q_proj = torch.nn.Linear(dim, dim)
-        self.out_proj = torch.nn.Linear(dim, dim)
+        self.k_proj = Linear(dim, dim)
+        self.v_proj = Linear(dim, dim)
+        self.q_proj = Linear(dim, dim)
+        self.out_proj = Linear(dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
@@ -68,7 +68,7 @@ class Embeddings(torch.nn.Module):
 
     def __init__(self, c: SigLIPConfig) -> None:
         super().__init__()
-        self.patch_embedding = torch.nn.Conv2d(3, c.dim, c.patch_size, c.patch_size)
+        self.patch_embedding = Conv2d(3, c.dim, c.patch_size, c.patch_size)
         self.position_embedding = torch.nn.Embedding((c.image_size // c.patch_size) ** 2, c.dim)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from vitkit.models.layers import ImageModel, init_weights
 from vitkit.models.registry import Entry, Family
-from vitkit.nn import LayerNorm, Mlp, PatchEmbed, WindowAttention, WindowAttentionV2
+from vitkit.nn import Conv2d, LayerNorm, Linear, Mlp, PatchEmbed, WindowAttention, WindowAttentionV2
 
 EPS = 1e-5
 
@@ -58,11 +58,11 @@ class ConvStem(torch.nn.Module):
         layers: list[torch.nn.Module] = []
         for given, made in ((3, dim // 8), (dim // 8, dim // 4)):
             layers += [
-                torch.nn.Conv2d(given, made, 3, stride=2, padding=1, bias=False),
+                Conv2d(given, made, 3, stride=2, padding=1, bias=False),
                 torch.nn.BatchNorm2d(made),
                 torch.nn.ReLU(inplace=True),
             ]
-        self.proj = torch.nn.Sequential(*layers, torch.nn.Conv2d(dim // 4, dim, 1))
+        self.proj = torch.nn.Sequential(*layers, Conv2d(dim // 4, dim, 1))
         self.norm = LayerNorm(dim, eps=EPS)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -76,7 +76,7 @@ class PatchMerging(torch.nn.Module):
         super().__init__()
         self.version = version
         self.norm = LayerNorm(4 * dim if version == 1 else 2 * dim, eps=EPS)
-        self.reduction = torch.nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, H, W, C] -> [B, H / 2, W / 2, 2 C]; odd sides get a row or column of zeros."""
@@ -145,7 +145,7 @@ class Head(torch.nn.Module):
 
     def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
-        self.fc = torch.nn.Linear(dim, num_classes) if num_classes else torch.nn.Identity()
+        self.fc = Linear(dim, num_classes) if num_classes else torch.nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(x.mean((1, 2)))

@@ -15,7 +15,7 @@ import torch
 from vitkit.models.conch import AttentionalPooler
 from vitkit.models.layers import init_weights
 from vitkit.models.registry import Entry, Family
-from vitkit.nn import GELU, DistanceBias, LayerNorm, Mlp, attend
+from vitkit.nn import GELU, DistanceBias, LayerNorm, Linear, Mlp, attend
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class DistanceAttention(torch.nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = torch.nn.Linear(dim, 3 * dim)
-        self.proj = torch.nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: torch.Tensor, bias: DistanceBias) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
@@ -96,7 +96,7 @@ class TITAN(torch.nn.Module):
     def __init__(self, config: TITANConfig) -> None:
         super().__init__()
         c = self.config = config
-        self.patch_embed = torch.nn.Sequential(torch.nn.Linear(c.tile_dim, c.dim), GELU())
+        self.patch_embed = torch.nn.Sequential(Linear(c.tile_dim, c.dim), GELU())
         self.cls_token = torch.nn.Parameter(torch.zeros(1, 1, c.dim))
         blocks = torch.nn.ModuleList(Block(c.dim, c.num_heads) for _ in range(c.depth))
         self.blocks = torch.nn.ModuleDict({"modules_list": blocks})

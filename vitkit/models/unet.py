@@ -17,7 +17,7 @@ from vitkit.models.unet_blocks import (
     Transformer2d,
     Upsample,
 )
-from vitkit.nn import GroupNormSiLU
+from vitkit.nn import Conv2d, GroupNormSiLU, Linear
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class UNetConfig:
 class TimeEmbedding(torch.nn.Module):
     def __init__(self, given: int, made: int) -> None:
         super().__init__()
-        self.linear_1 = torch.nn.Linear(given, made)
-        self.linear_2 = torch.nn.Linear(made, made)
+        self.linear_1 = Linear(given, made)
+        self.linear_2 = Linear(made, made)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear_2(F.silu(self.linear_1(x.to(self.linear_1.weight.dtype))))
@@ -132,7 +132,7 @@ class UNet(torch.nn.Module):
         c = self.config = config
         time_dim, skips, dim = 4 * c.channels[0], [c.channels[0]], c.channels[0]
         last = len(c.channels) - 1
-        self.conv_in = torch.nn.Conv2d(c.in_chans, dim, 3, padding=1)
+        self.conv_in = Conv2d(c.in_chans, dim, 3, padding=1)
         self.time_embedding = TimeEmbedding(dim, time_dim)
         if c.added_dim is not None:
             self.add_embedding = TimeEmbedding(c.added_dim, time_dim)
@@ -158,7 +158,7 @@ class UNet(torch.nn.Module):
                 level.upsamplers = torch.nn.ModuleList([Upsample(width)])
             self.up_blocks.append(level)
         self.conv_norm_out = GroupNormSiLU(32, c.channels[0], eps=c.eps)
-        self.conv_out = torch.nn.Conv2d(c.channels[0], c.out_chans, 3, padding=1)
+        self.conv_out = Conv2d(c.channels[0], c.out_chans, 3, padding=1)
 
     def embed_time(
         self,

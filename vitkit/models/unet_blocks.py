@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from vitkit.nn import GEGLU, GroupNorm, GroupNormSiLU, LayerNorm, attend
+from vitkit.nn import GEGLU, Conv2d, GroupNorm, GroupNormSiLU, LayerNorm, Linear, attend
 
 GROUPS = 32
 
@@ -16,11 +16,11 @@ class ResnetBlock(torch.nn.Module):
     def __init__(self, given: int, made: int, time_dim: int | None, eps: float) -> None:
         super().__init__()
         self.norm1 = GroupNormSiLU(GROUPS, given, eps=eps)
-        self.conv1 = torch.nn.Conv2d(given, made, 3, padding=1)
-        self.time_emb_proj = None if time_dim is None else torch.nn.Linear(time_dim, made)
+        self.conv1 = Conv2d(given, made, 3, padding=1)
+        self.time_emb_proj = None if time_dim is None else Linear(time_dim, made)
         self.norm2 = GroupNormSiLU(GROUPS, made, eps=eps)
-        self.conv2 = torch.nn.Conv2d(made, made, 3, padding=1)
-        self.conv_shortcut = None if given == made else torch.nn.Conv2d(given, made, 1)
+        self.conv2 = Conv2d(made, made, 3, padding=1)
+        self.conv_shortcut = None if given == made else Conv2d(given, made, 1)
 
     def forward(self, x: torch.Tensor, time: torch.Tensor | None = None) -> torch.Tensor:
         """time [B, time_dim] after its SiLU"""
@@ -35,10 +35,10 @@ class Attention(torch.nn.Module):
     def __init__(self, dim: int, num_heads: int, context_dim: int | None = None) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.to_q = torch.nn.Linear(dim, dim, bias=False)
-        self.to_k = torch.nn.Linear(context_dim or dim, dim, bias=False)
-        self.to_v = torch.nn.Linear(context_dim or dim, dim, bias=False)
-        self.to_out = torch.nn.ModuleList([torch.nn.Linear(dim, dim)])
+        self.to_q = Linear(dim, dim, bias=False)
+        self.to_k = Linear(context_dim or dim, dim, bias=False)
+        self.to_v = Linear(context_dim or dim, dim, bias=False)
+        self.to_out = torch.nn.ModuleList([Linear(dim, dim)])
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
         context = x if context is None else context
@@ -54,10 +54,10 @@ class MapAttention(torch.nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.group_norm = GroupNorm(GROUPS, dim, eps=eps)
-        self.to_q = torch.nn.Linear(dim, dim)
-        self.to_k = torch.nn.Linear(dim, dim)
-        self.to_v = torch.nn.Linear(dim, dim)
-        self.to_out = torch.nn.ModuleList([torch.nn.Linear(dim, dim)])
+        self.to_q = Linear(dim, dim)
+        self.to_k = Linear(dim, dim)
+        self.to_v = Linear(dim, dim)
+        self.to_out = torch.nn.ModuleList([Linear(dim, dim)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)
@@ -71,7 +71,7 @@ class FeedForward(torch.nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         # The gap in the numbers is diffusers' dropout.
-        layers = [GEGLU(dim, 4 * dim), torch.nn.Identity(), torch.nn.Linear(4 * dim, dim)]
+        layers = [GEGLU(dim, 4 * dim), torch.nn.Identity(), Linear(4 * dim, dim)]
         self.net = torch.nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -105,11 +105,11 @@ class Transformer2d(torch.nn.Module):
         super().__init__()
         self.linear = linear
         self.norm = GroupNorm(GROUPS, dim, eps=1e-6)
-        self.proj_in = torch.nn.Linear(dim, dim) if linear else torch.nn.Conv2d(dim, dim, 1)
+        self.proj_in = Linear(dim, dim) if linear else Conv2d(dim, dim, 1)
         self.transformer_blocks = torch.nn.ModuleList(
             TransformerBlock(dim, num_heads, context_dim) for _ in range(depth)
         )
-        self.proj_out = torch.nn.Linear(dim, dim) if linear else torch.nn.Conv2d(dim, dim, 1)
+        self.proj_out = Linear(dim, dim) if linear else Conv2d(dim, dim, 1)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         h = self.norm(x)
@@ -130,7 +130,7 @@ class Downsample(torch.nn.Module):
     def __init__(self, dim: int, symmetric: bool) -> None:
         super().__init__()
         self.symmetric = symmetric
-        self.conv = torch.nn.Conv2d(dim, dim, 3, stride=2, padding=1 if symmetric else 0)
+        self.conv = Conv2d(dim, dim, 3, stride=2, padding=1 if symmetric else 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(x if self.symmetric else F.pad(x, (0, 1, 0, 1)))
@@ -141,7 +141,7 @@ class Upsample(torch.nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.conv = torch.nn.Conv2d(dim, dim, 3, padding=1)
+        self.conv = Conv2d(dim, dim, 3, padding=1)
 
     def forward(self, x: torch.Tensor, size: torch.Size | None = None) -> torch.Tensor:
         if size is None:

@@ -9,7 +9,7 @@ import torch
 
 from vitkit.models.registry import Entry, Family
 from vitkit.models.unet_blocks import Downsample, MapAttention, ResnetBlock, Upsample
-from vitkit.nn import GroupNormSiLU
+from vitkit.nn import Conv2d, GroupNormSiLU
 
 EPS = 1e-6
 
@@ -64,7 +64,7 @@ class Encoder(torch.nn.Module):
     def __init__(self, c: VAEConfig) -> None:
         super().__init__()
         dim = c.channels[0]
-        self.conv_in = torch.nn.Conv2d(3, dim, 3, padding=1)
+        self.conv_in = Conv2d(3, dim, 3, padding=1)
         self.down_blocks = torch.nn.ModuleList()
         for i, width in enumerate(c.channels):
             level = Level([dim] + [width] * (c.layers - 1), width)
@@ -74,7 +74,7 @@ class Encoder(torch.nn.Module):
             dim = width
         self.mid_block = Middle(dim)
         self.conv_norm_out = GroupNormSiLU(32, dim, eps=EPS)
-        self.conv_out = torch.nn.Conv2d(dim, 2 * c.latent_chans, 3, padding=1)
+        self.conv_out = Conv2d(dim, 2 * c.latent_chans, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(x)
@@ -87,7 +87,7 @@ class Decoder(torch.nn.Module):
     def __init__(self, c: VAEConfig) -> None:
         super().__init__()
         dim = c.channels[-1]
-        self.conv_in = torch.nn.Conv2d(c.latent_chans, dim, 3, padding=1)
+        self.conv_in = Conv2d(c.latent_chans, dim, 3, padding=1)
         self.up_blocks = torch.nn.ModuleList()
         for i, width in reversed(list(enumerate(c.channels))):
             level = Level([dim] + [width] * c.layers, width)
@@ -97,7 +97,7 @@ class Decoder(torch.nn.Module):
             dim = width
         self.mid_block = Middle(c.channels[-1])
         self.conv_norm_out = GroupNormSiLU(32, dim, eps=EPS)
-        self.conv_out = torch.nn.Conv2d(dim, 3, 3, padding=1)
+        self.conv_out = Conv2d(dim, 3, 3, padding=1)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         x = self.mid_block(self.conv_in(z))
@@ -114,8 +114,8 @@ class AutoencoderKL(torch.nn.Module):
         c = self.config = config
         self.encoder = Encoder(c)
         self.decoder = Decoder(c)
-        self.quant_conv = torch.nn.Conv2d(2 * c.latent_chans, 2 * c.latent_chans, 1)
-        self.post_quant_conv = torch.nn.Conv2d(c.latent_chans, c.latent_chans, 1)
+        self.quant_conv = Conv2d(2 * c.latent_chans, 2 * c.latent_chans, 1)
+        self.post_quant_conv = Conv2d(c.latent_chans, c.latent_chans, 1)
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and logarithm of the variance of the latents, [B, latent_chans, H / 8, W / 8]."""

@@ -19,7 +19,7 @@ from vitkit.models.layers import (
     token_parameter,
 )
 from vitkit.models.registry import Entry, Family
-from vitkit.nn import AttentionPoolLatent, LayerNorm, PatchEmbed
+from vitkit.nn import AttentionPoolLatent, LayerNorm, Linear, PatchEmbed
 
 POOLS = ("token", "mean", "token_mean", "map", "none")
 
@@ -112,9 +112,7 @@ class VisionTransformer(ImageModel):
             )
         self.fc_norm = norm if c.norm_after_pool else torch.nn.Identity()
         features = 2 * c.dim if c.pool == "token_mean" else c.dim
-        self.head = (
-            torch.nn.Linear(features, c.num_classes) if c.num_classes else torch.nn.Identity()
-        )
+        self.head = Linear(features, c.num_classes) if c.num_classes else torch.nn.Identity()
         init_weights(self)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from vitkit.nn.mlp import GEGLU, GELU, Mlp, SwiGLU, SwiGLUPacked, geglu, gelu, s
 from vitkit.nn.multihead import MultiheadAttention
 from vitkit.nn.norm import AdaLayerNorm, GroupNorm, GroupNormSiLU, LayerNorm
 from vitkit.nn.patch import PatchEmbed
+from vitkit.nn.products import Conv1d, Conv2d, Conv3d, Linear
 from vitkit.nn.residual import LayerScale, gated_residual
 from vitkit.nn.rope import RotaryEmbedding2d, rotate
 from vitkit.nn.window import WindowAttention, WindowAttentionV2, attend_windows
@@ -23,6 +24,9 @@ __all__ = [
     "AdaLayerNorm",
     "Attention",
     "AttentionPoolLatent",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
     "DecomposedBias",
     "DilatedAttention",
     "DistanceBias",
@@ -30,6 +34,7 @@ __all__ = [
     "GroupNormSiLU",
     "LayerNorm",
     "LayerScale",
+    "Linear",
     "Mlp",
     "MultiheadAttention",
     "PatchEmbed",

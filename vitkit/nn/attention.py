@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vitkit.nn.functional import attend
+from vitkit.nn.products import Linear
 
 Norm = Callable[[int], torch.nn.Module]
 
@@ -52,12 +53,12 @@ class Attention(torch.nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = _head_dim("Attention", dim, num_heads)
-        self.qkv = torch.nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm = norm_layer(self.head_dim) if qk_norm else torch.nn.Identity()
         self.k_norm = norm_layer(self.head_dim) if qk_norm else torch.nn.Identity()
         self.norm = norm_layer(dim) if scale_norm else torch.nn.Identity()
-        self.gate = torch.nn.Linear(dim, dim, bias=qkv_bias) if gated else None
-        self.proj = torch.nn.Linear(dim, dim, bias=proj_bias)
+        self.gate = Linear(dim, dim, bias=qkv_bias) if gated else None
+        self.proj = Linear(dim, dim, bias=proj_bias)
         self.proj_drop = torch.nn.Dropout(proj_drop)
 
     def forward(
@@ -131,18 +132,18 @@ class AttentionPoolLatent(torch.nn.Module):
         self.pool = pool
         self.pos_embed: torch.nn.Parameter | None = None
         self.latent = torch.nn.Parameter(torch.randn(1, latent_len, dim) * dim**-0.5)
-        self.q = torch.nn.Linear(dim, dim, bias=qkv_bias)
-        self.kv = torch.nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.q = Linear(dim, dim, bias=qkv_bias)
+        self.kv = Linear(dim, 2 * dim, bias=qkv_bias)
         self.q_norm = norm_layer(self.head_dim) if qk_norm else torch.nn.Identity()
         self.k_norm = norm_layer(self.head_dim) if qk_norm else torch.nn.Identity()
-        self.proj = torch.nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.proj_drop = torch.nn.Dropout(0.0)
         self.norm = norm_layer(dim)
         hidden = int(dim * mlp_ratio)
         self.mlp = torch.nn.Sequential()
-        self.mlp.add_module("fc1", torch.nn.Linear(dim, hidden))
+        self.mlp.add_module("fc1", Linear(dim, hidden))
         self.mlp.add_module("act", torch.nn.GELU())
-        self.mlp.add_module("fc2", torch.nn.Linear(hidden, dim))
+        self.mlp.add_module("fc2", Linear(hidden, dim))
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
         return pool_latent(self, x, attn_mask)

@@ -8,6 +8,7 @@ import torch
 
 from vitkit.nn.attention import _head_dim
 from vitkit.nn.norm import LayerNorm
+from vitkit.nn.products import Linear
 from vitkit.ops import dilated_attention as _op
 
 
@@ -47,11 +48,11 @@ class DilatedAttention(torch.nn.Module):
         self.num_heads = num_heads
         self.segment_lengths, self.dilation_ratios = list(segment_lengths), list(dilation_ratios)
         self.causal, self.alignment = causal, alignment
-        self.q_proj = torch.nn.Linear(dim, dim)
-        self.k_proj = torch.nn.Linear(dim, dim)
-        self.v_proj = torch.nn.Linear(dim, dim)
+        self.q_proj = Linear(dim, dim)
+        self.k_proj = Linear(dim, dim)
+        self.v_proj = Linear(dim, dim)
         self.inner_attn_ln = LayerNorm(dim, eps=eps) if subln else None
-        self.out_proj = torch.nn.Linear(dim, dim)
+        self.out_proj = Linear(dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, N, dim] -> [B, N, dim]"""

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from vitkit.nn.functional import _backend, _on_torch
+from vitkit.nn.products import Linear
 from vitkit.ops import geglu as _geglu
 from vitkit.ops import gelu as _gelu
 from vitkit.ops import swiglu as _swiglu
@@ -96,10 +97,10 @@ class SwiGLU(torch.nn.Module):
         norm_layer: type[torch.nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        self.fc1_g = torch.nn.Linear(dim, hidden, bias=bias)
-        self.fc1_x = torch.nn.Linear(dim, hidden, bias=bias)
+        self.fc1_g = Linear(dim, hidden, bias=bias)
+        self.fc1_x = Linear(dim, hidden, bias=bias)
         self.norm = norm_layer(hidden) if norm_layer is not None else torch.nn.Identity()
-        self.fc2 = torch.nn.Linear(hidden, dim, bias=bias)
+        self.fc2 = Linear(hidden, dim, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.norm(swiglu(self, self.fc1_x(x), self.fc1_g(x))))
@@ -128,8 +129,8 @@ class SwiGLUPacked(torch.nn.Module):
         if hidden % 2:
             raise ValueError(f"SwiGLUPacked: hidden must be even, got {hidden}")
         self.gate_last = gate_last
-        self.fc1 = torch.nn.Linear(dim, hidden, bias=bias)
-        self.fc2 = torch.nn.Linear(hidden // 2, dim, bias=bias)
+        self.fc1 = Linear(dim, hidden, bias=bias)
+        self.fc2 = Linear(hidden // 2, dim, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(swiglu(self, self.fc1(x), gate_last=self.gate_last))
@@ -151,7 +152,7 @@ class GEGLU(torch.nn.Module):
 
     def __init__(self, dim_in: int, dim_out: int, bias: bool = True) -> None:
         super().__init__()
-        self.proj = torch.nn.Linear(dim_in, 2 * dim_out, bias=bias)
+        self.proj = Linear(dim_in, 2 * dim_out, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return geglu(self, self.proj(x))
@@ -176,9 +177,9 @@ class Mlp(torch.nn.Module):
         self, dim: int, hidden: int, *, approximate: str = "none", bias: bool = True
     ) -> None:
         super().__init__()
-        self.fc1 = torch.nn.Linear(dim, hidden, bias=bias)
+        self.fc1 = Linear(dim, hidden, bias=bias)
         self.act = GELU(approximate=approximate)
-        self.fc2 = torch.nn.Linear(hidden, dim, bias=bias)
+        self.fc2 = Linear(hidden, dim, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.act(self.fc1(x)))

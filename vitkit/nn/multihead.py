@@ -8,7 +8,7 @@ import torch
 
 from vitkit.nn.attention import _head_dim
 from vitkit.nn.functional import attend
-from vitkit.nn.products import linear
+from vitkit.nn.products import Linear, linear
 
 
 class MultiheadAttention(torch.nn.Module):
@@ -45,7 +45,7 @@ class MultiheadAttention(torch.nn.Module):
                 torch.nn.init.xavier_uniform_(weight)
                 self.register_parameter(f"{name}_proj_weight", weight)
         self.in_proj_bias = torch.nn.Parameter(torch.zeros(3 * dim)) if bias else None
-        self.out_proj = torch.nn.Linear(dim, dim, bias=bias)
+        self.out_proj = Linear(dim, dim, bias=bias)
 
     def forward(
         self,

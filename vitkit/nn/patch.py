@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from vitkit.nn.functional import patch_embed
+from vitkit.nn.products import Conv2d, Conv3d
 
 
 class PatchEmbed(torch.nn.Module):
@@ -50,7 +51,7 @@ class PatchEmbed(torch.nn.Module):
             raise ValueError(
                 f"PatchEmbed: patch_size must be 1 to 3 positive sizes, got {patch_size!r}"
             )
-        convolution = torch.nn.Conv2d if len(sizes) == 2 else torch.nn.Conv3d
+        convolution = Conv2d if len(sizes) == 2 else Conv3d
         self.proj = convolution(in_chans, embed_dim, sizes, sizes, bias=bias)  # type: ignore[arg-type]
         self.norm = torch.nn.LayerNorm(embed_dim, eps=norm_eps) if norm else torch.nn.Identity()
         self.mean, self.std, self.pad = mean, std, pad

@@ -54,7 +54,9 @@ def linear(
 
 
 class Linear(torch.nn.Linear):
-    """``torch.nn.Linear``."""
+    """``torch.nn.Linear``, y = x W^T + b over the last dimension of x [*, K], W [E, K]; in bfloat16
+    and float16 where torch has no instructions for them (see the module) in float32, rounded once.
+    """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return linear(self, input, self.weight, self.bias)
@@ -72,12 +74,12 @@ class _Convolution(torch.nn.modules.conv._ConvNd):
 
 
 class Conv1d(_Convolution, torch.nn.Conv1d):
-    """``torch.nn.Conv1d``."""
+    """``torch.nn.Conv1d``, in half precision as :class:`Linear`."""
 
 
 class Conv2d(_Convolution, torch.nn.Conv2d):
-    """``torch.nn.Conv2d``."""
+    """``torch.nn.Conv2d``, in half precision as :class:`Linear`."""
 
 
 class Conv3d(_Convolution, torch.nn.Conv3d):
-    """``torch.nn.Conv3d``."""
+    """``torch.nn.Conv3d``, in half precision as :class:`Linear`."""

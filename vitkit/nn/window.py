@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vitkit.nn.attention import _head_dim
-from vitkit.nn.products import linear
+from vitkit.nn.products import Linear, linear
 from vitkit.ops import window_attention as _op
 
 Pair = tuple[int, int]
@@ -83,8 +83,8 @@ class WindowAttention(torch.nn.Module):
         rows = math.prod(2 * w - 1 for w in self.window_size)
         self.relative_position_bias_table = torch.nn.Parameter(torch.empty(rows, num_heads))
         torch.nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.qkv = torch.nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = torch.nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
         self.proj_drop = torch.nn.Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -150,14 +150,14 @@ class WindowAttentionV2(torch.nn.Module):
         self.padding = padding
         self.logit_scale = torch.nn.Parameter(torch.full((num_heads, 1, 1), math.log(10)))
         self.cpb_mlp = torch.nn.Sequential(
-            torch.nn.Linear(2, 512),
+            Linear(2, 512),
             torch.nn.ReLU(inplace=True),
-            torch.nn.Linear(512, num_heads, bias=False),
+            Linear(512, num_heads, bias=False),
         )
-        self.qkv = torch.nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
         self.q_bias = torch.nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.v_bias = torch.nn.Parameter(torch.zeros(dim)) if qkv_bias else None
-        self.proj = torch.nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.proj_drop = torch.nn.Dropout(proj_drop)
         trained = _pair(pretrained_window_size)
         coords = relative_coords(self.window_size, trained if trained[0] > 0 else self.window_size)
