@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -208,6 +209,63 @@ def test_gradient_in_another_layout(device, backend):
         )
         (want,) = torch.autograd.grad(F.silu(F.group_norm(x, 4)), x, cotangent)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_operators_take_any_strides(device, backend):
+    """What torch.compile hands them may lie otherwise than what was traced."""
+    if backend == "reference":
+        pytest.skip("not an operator")
+    overload = "triton" if backend == "triton" else "default"
+    fwd = getattr(torch.ops.vitkit.group_norm_silu_fwd, overload)
+    bwd = getattr(torch.ops.vitkit.group_norm_silu_bwd, overload)
+    torch.manual_seed(0)
+    values, weight = torch.randn(2, 8, 6, 10, device=device), torch.randn(8, device=device)
+    rest = (4, weight, None, 1e-5, True, None, None, None)
+    y, mean, rstd = fwd(values, *rest)
+    cotangent = torch.randn_like(values)
+    small = (mean, rstd, 4, weight, None, True, None, None, None)
+    dx, dweight, *_ = bwd(cotangent, values, *small)
+
+    def layouts(t):
+        last = t.contiguous(memory_format=torch.channels_last)
+        transposed = t.transpose(2, 3).contiguous().transpose(2, 3)
+        apart = torch.cat([t, t], 3)[..., : t.shape[3]]
+        return [t, last, transposed, apart]
+
+    for x in layouts(values):
+        found = fwd(x, *rest)
+        torch.testing.assert_close(found[0], y)
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        kept = torch.channels_last if last else torch.contiguous_format
+        assert found[0].is_contiguous(memory_format=kept)
+        torch.library.opcheck(fwd, (x, *rest))
+        for grad in layouts(cotangent):
+            found = bwd(grad, x, *small)
+            torch.testing.assert_close(found[:2], (dx, dweight))
+            assert found[0].is_contiguous(memory_format=kept)
+        torch.library.opcheck(bwd, (grad, x, *small))
+
+
+def test_compiled_convolutions_hand_it_what_they_made(device):
+    """Their channels_last output, without a copy to the strides that were traced."""
+    from torch._inductor.utils import run_and_get_code
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (torch.nn.Conv2d(64, 64, 3, padding=1) for _ in range(2))
+
+        def forward(self, x):
+            return self.second(vitkit.group_norm_silu(self.first(x), 4))
+
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    block, x = Block().to(device).requires_grad_(False), torch.randn(2, 64, 16, 16, device=device)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        found, (code,) = run_and_get_code(torch.compile(block, fullgraph=True), x)
+    torch.testing.assert_close(found, block(x), rtol=1e-4, atol=1e-5)
+    made, used = r"(\w+) = extern_kernels\.convolution\(", r"group_norm_silu_fwd\.\w+\((\w+),"
+    assert re.search(made, code)[1] == re.search(used, code)[1]
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -172,6 +172,7 @@ def define(
     fake: Callable[..., Any],
     triton: Callable[..., Any],
     flops: Callable[..., int],
+    any_strides: bool = False,
 ) -> None:
     """Defines ``vitkit::name`` (native) and ``vitkit::name.triton`` with one schema, one fake and
     one FLOP formula.
@@ -182,10 +183,16 @@ def define(
         fake: output shapes, dtypes and strides for FakeTensor and meta tensors.
         triton: launcher; it imports its Triton kernel when it is called, not before.
         flops: FLOPs from the shapes of the arguments, for ``torch.utils.flop_counter``.
+        any_strides: the operator takes every tensor as it lies. torch.compile then hands it what
+            the operator before it made; else it restores the strides that were traced, which
+            between convolutions (they want channels_last) means two copies.
     """
+    tags = [torch.Tag.pt2_compliant_tag]
+    if any_strides:
+        tags.append(torch.Tag.flexible_layout)
     for overload in ("", "triton"):
         qualified = f"{name}.{overload}" if overload else name
-        LIB.define(qualified + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIB.define(qualified + schema, tags=tuple(tags))
         torch.library.register_fake(f"vitkit::{qualified}", _same_device(name, fake), lib=LIB)
     LIB.impl(name, _load_then_redispatch(name), "CompositeExplicitAutograd")
     LIB.impl(f"{name}.triton", triton, "CompositeExplicitAutograd")

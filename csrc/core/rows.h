@@ -26,8 +26,8 @@ inline int64_t row_stride(const char* op, const char* arg, const Tensor& t) {
   return stride;
 }
 
-// Whether [N, C, *] lies as [N, *, C]; neither that nor contiguous is an error.
-inline bool is_channels_last(const char* op, const char* arg, const Tensor& x) {
+// Whether [N, C, *] lies as [N, *, C] and not as it is written.
+inline bool is_channels_last(const Tensor& x) {
   if (x.is_contiguous()) return false;
   bool dense = x.dim() == 4 || x.dim() == 5;
   int64_t expected = 1;
@@ -38,8 +38,20 @@ inline bool is_channels_last(const char* op, const char* arg, const Tensor& x) {
   check(1);
   for (int64_t d = x.dim() - 1; d >= 2; --d) check(d);
   check(0);
-  STD_TORCH_CHECK(dense, op, ": ", arg, " must be contiguous or channels_last");
-  return true;
+  return dense;
+}
+
+// [N, C, *] as it lies where it is contiguous or channels_last, else a contiguous copy.
+inline Tensor dense_image(const Tensor& x) {
+  return is_channels_last(x) ? x : torch::stable::contiguous(x);
+}
+
+// The same values in the layout of another image, which is dense.
+inline Tensor in_layout_of(const Tensor& x, const Tensor& t) {
+  using torch::headeronly::MemoryFormat;
+  if (!is_channels_last(x)) return torch::stable::contiguous(t);
+  return torch::stable::contiguous(
+      t, x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d);
 }
 
 // Every element of a non-empty tensor must lie between the first and the last, once.

@@ -68,8 +68,8 @@ Inputs read_inputs(const Tensor& x, int64_t num_groups, const std::optional<Tens
   STD_TORCH_CHECK(eps >= 0, kOp, ": eps must be >= 0, got ", eps);
   Inputs in;
   in.shape = {
-      norm_element(kOp, "x", x),     n,    c,         n == 0 ? 0 : x.numel() / (n * c), num_groups,
-      is_channels_last(kOp, "x", x), silu, float(eps)};
+      norm_element(kOp, "x", x), n,    c,         n == 0 ? 0 : x.numel() / (n * c), num_groups,
+      is_channels_last(x),       silu, float(eps)};
   in.weight = small_floats(kOp, "weight", weight, {c});
   in.bias = small_floats(kOp, "bias", bias, {c});
   in.add = small_floats(kOp, "add", add, {n, c});
@@ -98,6 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, int64_t num_groups,
                                            double eps, bool silu, std::optional<Tensor> add,
                                            std::optional<Tensor> scale,
                                            std::optional<Tensor> shift) {
+  x = dense_image(x);
   Inputs in = read_inputs(x, num_groups, weight, bias, eps, silu, add, scale, shift);
   Tensor y = torch::stable::empty_like(x);
   Tensor mean = torch::stable::new_empty(x, {x.size(0), num_groups}, ScalarType::Float);
@@ -191,6 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor grad, Tensor x, Tensor mean, Tensor rstd, int64_t num_groups,
     std::optional<Tensor> weight, std::optional<Tensor> bias, bool silu, std::optional<Tensor> add,
     std::optional<Tensor> scale, std::optional<Tensor> shift) {
+  x = dense_image(x);
   Inputs in = read_inputs(x, num_groups, weight, bias, 0., silu, add, scale, shift);
   STD_TORCH_CHECK(
       grad.scalar_type() == x.scalar_type() && grad.numel() == x.numel() && grad.dim() == x.dim(),
@@ -207,9 +209,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   std::vector<float> sums(in.gain.size() * 3, 0.f);
   const auto* rstd_data = static_cast<const float*>(rstd.const_data_ptr());
   if (x.numel() > 0) {
-    STD_TORCH_CHECK(is_channels_last(kOp, "grad", grad) == in.shape.channels_last ||
-                        x.is_contiguous() == grad.is_contiguous(),
-                    kOp, ": grad must have the layout of x");
+    grad = in_layout_of(x, grad);
     prefer_huge_pages(dx.mutable_data_ptr(), x.numel() * int64_t(x.element_size()));
     GroupNormBackward p{in.shape,
                         x.const_data_ptr(),

@@ -130,8 +130,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, int64_t num_groups,
                                            double eps, bool silu, std::optional<Tensor> add,
                                            std::optional<Tensor> scale,
                                            std::optional<Tensor> shift) {
+  x = dense_image(x);
   Params p = make_params(x, num_groups, weight, bias, eps, add, scale, shift);
-  const bool columns = is_channels_last(kOp, "x", x);
+  const bool columns = is_channels_last(x);
   Tensor y = torch::stable::empty_like(x);
   Tensor mean = torch::stable::new_empty(x, {x.size(0), num_groups}, ScalarType::Float);
   Tensor rstd = torch::stable::empty_like(mean);
@@ -185,8 +186,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor grad, Tensor x, Tensor mean, Tensor rstd, int64_t num_groups,
     std::optional<Tensor> weight, std::optional<Tensor> bias, bool silu, std::optional<Tensor> add,
     std::optional<Tensor> scale, std::optional<Tensor> shift) {
+  x = dense_image(x);
   Params p = make_params(x, num_groups, weight, bias, 0., add, scale, shift);
-  const bool columns = is_channels_last(kOp, "x", x);
+  const bool columns = is_channels_last(x);
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type() && grad.dim() == x.dim(), kOp,
                   ": grad must have the shape and dtype of x");
   for (int64_t d = 0; d < x.dim(); ++d) check_size(kOp, "grad", grad, d, x.size(d));
@@ -211,9 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   if (x.numel() == 0) {
     torch::stable::zero_(small_out);
   } else {
-    STD_TORCH_CHECK(
-        is_channels_last(kOp, "grad", grad) == columns || x.is_contiguous() == grad.is_contiguous(),
-        kOp, ": grad must have the layout of x");
+    grad = in_layout_of(x, grad);
     p.grad = grad.const_data_ptr();
     p.y = dx.mutable_data_ptr();
     p.mean = static_cast<float*>(mean.mutable_data_ptr());

@@ -90,9 +90,14 @@ _BWD_SCHEMA = (
 )
 
 
+def _dense_image(x: torch.Tensor) -> torch.Tensor:
+    """x as it lies where it is contiguous or channels_last, else a contiguous copy."""
+    return x if _channels_last(x) else x.contiguous()
+
+
 def _fwd_fake(x, num_groups, weight, bias, eps, silu, add, scale, shift):
     stats = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
-    return torch.empty_like(x), stats, torch.empty_like(stats)
+    return torch.empty_like(_dense_image(x)), stats, torch.empty_like(stats)
 
 
 def _bwd_fake(grad, x, mean, rstd, num_groups, weight, bias, silu, add, scale, shift):
@@ -100,15 +105,17 @@ def _bwd_fake(grad, x, mean, rstd, num_groups, weight, bias, silu, add, scale, s
         t.new_empty(t.shape) if t is not None else x.new_empty(0)
         for t in (weight, bias, add, scale, shift)
     ]
-    return (torch.empty_like(x), *small)
+    return (torch.empty_like(_dense_image(x)), *small)
 
 
-def _fwd_triton(*args: Any):
-    return importlib.import_module("vitkit.kernels.group_norm_silu").forward(*args)
+def _fwd_triton(x, *args: Any):
+    return importlib.import_module("vitkit.kernels.group_norm_silu").forward(_dense_image(x), *args)
 
 
-def _bwd_triton(*args: Any):
-    return importlib.import_module("vitkit.kernels.group_norm_silu").backward(*args)
+def _bwd_triton(grad, x, *args: Any):
+    x = _dense_image(x)
+    grad = _dense(grad, _channels_last(x))
+    return importlib.import_module("vitkit.kernels.group_norm_silu").backward(grad, x, *args)
 
 
 def _fwd_flops(x_shape, *args, **kwargs) -> int:
@@ -123,11 +130,13 @@ def _bwd_flops(grad_shape, *args, **kwargs) -> int:
 
 
 _library.define(
-    "group_norm_silu_fwd", _FWD_SCHEMA, fake=_fwd_fake, triton=_fwd_triton, flops=_fwd_flops
-)
+    "group_norm_silu_fwd", _FWD_SCHEMA, fake=_fwd_fake, triton=_fwd_triton, flops=_fwd_flops,
+    any_strides=True,
+)  # fmt: skip
 _library.define(
-    "group_norm_silu_bwd", _BWD_SCHEMA, fake=_bwd_fake, triton=_bwd_triton, flops=_bwd_flops
-)
+    "group_norm_silu_bwd", _BWD_SCHEMA, fake=_bwd_fake, triton=_bwd_triton, flops=_bwd_flops,
+    any_strides=True,
+)  # fmt: skip
 _FWD = torch.ops.vitkit.group_norm_silu_fwd.default
 
 
