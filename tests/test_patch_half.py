@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import platform
+import warnings
 
 import pytest
 import torch
@@ -133,6 +134,18 @@ def test_a_backend_is_honoured(slow, seen):
     assert (
         "Linear" in Switch(model, "auto").own and "Linear" not in Switch(plain.float(), "auto").own
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_whole_graphs_without_a_warning(dtype):
+    """Of this machine's own choice."""
+    layers = torch.nn.Sequential(vitkit.nn.Linear(8, 8), vitkit.nn.Linear(8, 4)).to(dtype)
+    x = torch.randn(8, 8).to(dtype)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Dynamo detected")
+        compiled = torch.compile(layers, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), layers(x))
 
 
 def test_it_follows_what_torch_can_do():

@@ -21,14 +21,20 @@ FEW_ROWS = 4
 
 
 @_library._constant_when_traced
-@cache
 def products_are_slow(dtype: torch.dtype, device_type: str) -> bool:
     """Whether torch has no quick product of ``dtype`` on this machine's CPU."""
-    if device_type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    if dtype == torch.bfloat16:
-        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return device_type == "cpu" and dtype in _slow_on_this_cpu()
+
+
+@cache
+def _slow_on_this_cpu() -> frozenset[torch.dtype]:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return frozenset()
+    quick = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    return frozenset(dtype for dtype, supported in quick.items() if not supported)
 
 
 def _widens(module: torch.nn.Module, x: torch.Tensor, weight: torch.Tensor) -> bool:
