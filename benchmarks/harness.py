@@ -127,6 +127,11 @@ class WrongNumbers(RuntimeError):
     """A provider's outputs miss the tolerance."""
 
 
+# Seconds of one call at torch's own rate for the dtype beyond which a row is left out: its rivals
+# take a dozen such calls.
+LONGEST_CALL = 50.0
+
+
 class LeftOut(RuntimeError):
     """A case that takes too long on this machine to be measured, and why."""
 

@@ -23,7 +23,7 @@ from vitkit._checks import name_of
 
 from . import compare, overhead, own, report
 from .ceilings import Roofline, measure_roofline
-from .harness import Case, LeftOut, Row, measure, modelled
+from .harness import LONGEST_CALL, Case, LeftOut, Row, measure, modelled
 from .timing import CACHES
 
 OPS = (*own.OPS, "models")
@@ -165,11 +165,6 @@ def preferred(backend: str) -> Iterator[None]:
         yield
     finally:
         backends.DEFAULT = before
-
-
-# Seconds of one call at torch's own rate for the dtype beyond which a row is left out: its rivals
-# take a dozen such calls.
-LONGEST_CALL = 60.0
 
 
 @dataclass(frozen=True)

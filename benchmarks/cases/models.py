@@ -25,12 +25,11 @@ from vitkit.models.longnet import FeedForward
 from vitkit.nn import DilatedAttention
 from vitkit.verify import longest_sum
 
-from ..harness import Case, LeftOut, Outputs, Provider, compiled
+from ..harness import LONGEST_CALL, Case, LeftOut, Outputs, Provider, compiled
 from ..timing import Clock
 from .dilated_attention import gathered
 
 OP = "models"
-LONGEST_CALL = 40.0  # seconds; a row takes a dozen calls and more
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
