@@ -13,8 +13,8 @@
 namespace vitkit::attention {
 
 struct WindowSpan : Span {
-  int y, x;      // of the window's first place in the shifted grid
-  int part;      // of (window, tile) pairs
+  int y, x;  // of the window's first place in the shifted grid
+  int part;  // of (window, tile) pairs
 };
 
 struct WindowMap {
