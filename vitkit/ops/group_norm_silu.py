@@ -167,8 +167,6 @@ class _GroupNormSilu(torch.autograd.Function):
                 (needed[0], needed[2], needed[3], *needed[6:9]),
             )
         else:
-            # Reading both tensors in one order is what the kernels are written for.
-            grad = _dense(grad, _channels_last(x))
             op = getattr(torch.ops.vitkit.group_norm_silu_bwd, ctx.overload)
             found = op(
                 grad, x, mean, rstd, ctx.num_groups, weight, bias, ctx.silu, add, scale, shift
@@ -301,9 +299,8 @@ def group_norm_silu(
         _library.register_flops()
     if plan.fwd is None:
         return reference(x, num_groups, weight, bias, eps, silu, add, scale, shift)
-    if plan.copy:
-        x = x.contiguous()
     if _library.differentiated(x, *options):
+        x = _dense_image(x)  # what is kept for the gradient
         if torch.compiler.is_compiling():
             x, *rest = _library.distinct(x, *options)
             weight, bias, add, scale, shift = rest
@@ -328,7 +325,6 @@ class _Plan(NamedTuple):
 
     fwd: Any  # the operator, None for the reference
     overload: str
-    copy: bool  # x is neither contiguous nor channels_last
 
 
 def _plan(x, num_groups, eps, activation, options, backend) -> _Plan:
@@ -354,7 +350,6 @@ def _plan(x, num_groups, eps, activation, options, backend) -> _Plan:
     plan = _Plan(
         None if chosen == "reference" else getattr(torch.ops.vitkit.group_norm_silu_fwd, overload),
         overload,
-        not x.is_contiguous() and not _channels_last(x),
     )
     _memo.put(key, plan)
     return plan
