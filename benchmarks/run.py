@@ -26,7 +26,7 @@ from .ceilings import Roofline, measure_roofline
 from .harness import LONGEST_CALL, Case, LeftOut, Row, measure, modelled
 from .timing import CACHES
 
-OPS = (*own.OPS, "models")
+OPS = (*own.OPS, "linear", "models")
 SETS = ("smoke", "fast", "full", "scaling")
 STDOUT = Path("-")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -28,6 +28,7 @@ KERNELS = {
     "dilated_attention": ("dilated_attention_kernel.cpp", "dilated_attention_bwd_kernel.cpp"),
     "gated_activation": ("gated_activation_kernel.cpp",),
     "group_norm_silu": ("group_norm_silu_kernel.cpp", "scratch.cpp"),
+    "linear": ("linear_kernel.cpp",),
     "rope_2d": ("rope_2d_kernel.cpp",),
     "layer_norm_modulate": ("layer_norm_modulate_kernel.cpp", "scratch.cpp"),
     "gated_residual": ("gated_residual_kernel.cpp", "scratch.cpp"),

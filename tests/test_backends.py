@@ -121,8 +121,10 @@ def test_threads_and_forks_agree():
 import os, threading, torch, vitkit
 torch.manual_seed(0)
 q, x = torch.randn(2, 65, 4, 32), torch.randn(2, 64, 9, 9)
+linear = torch.ops.vitkit.linear_fwd
 def run():
-    return vitkit.flash_attention(q, q, q), vitkit.group_norm_silu(x, 8)
+    y = linear(x.view(-1, 81), x.view(-1, 81), None, True, False)
+    return vitkit.flash_attention(q, q, q), vitkit.group_norm_silu(x, 8), y
 want, results = run(), []
 threads = [threading.Thread(target=lambda: results.append(run())) for _ in range(8)]
 [t.start() for t in threads]; [t.join() for t in threads]
@@ -140,6 +142,16 @@ print("ok")
         env=dict(__import__("os").environ) | env_threads,
     )  # fmt: skip
     assert result.stdout.strip() == "ok", result.stderr
+
+
+def test_the_first_call_of_a_process_is_counted():
+    """A FlopCounterMode copies the formulas when it is made, before vitkit hears of it."""
+    code = (
+        "import torch, vitkit; from torch.utils.flop_counter import FlopCounterMode\n"
+        "with FlopCounterMode(display=False) as counter: vitkit.gelu(torch.ones(10))\n"
+        "print(counter.get_total_flops())"
+    )
+    assert run_python(code).stdout.strip() == "50"
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

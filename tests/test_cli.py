@@ -65,7 +65,7 @@ def test_doctor_finds_this_installation_sound():
     done = invoke("doctor", "--strict")
     assert done.exit_code == 0, done.output
     assert "broken" not in done.output
-    assert f"using {doctor.cpu_isa()}" in done.output
+    assert f"using {doctor._library.cpu_isa()}" in done.output
 
 
 def test_doctor_says_how_to_mend_a_missing_library(monkeypatch):

@@ -86,6 +86,14 @@ MUTANTS = {
         "gated_activation", LANES, "gated_activation_kernel.cpp",
         "z = dz * v;", "z = dz;",
     ),
+    "the last odd row is read with the one behind it": (
+        "linear", LANES, "linear_kernel.cpp", "pack_rows<T>(at, row + last, rows - last,",
+        "pack_rows<T>(at, row + last, rows - last - 1,",
+    ),
+    "columns of every panel get the bias of the first": (
+        "linear", LANES, "linear_kernel.cpp", "load(p.bias + column + v * kLanes)",
+        "load(p.bias + v * kLanes)",
+    ),
     "turning back turns on": (
         "rope_2d", LANES, "rope_2d_kernel.cpp",
         "kInverse ? swap_pairs(v * s) : swap_pairs(v) * s", "swap_pairs(v) * s",

@@ -113,10 +113,10 @@ def test_strict_refuses_before_anything_is_changed(model):
 
 
 def test_strict_refuses_a_model_with_nothing_to_replace():
-    report = vitkit.patch(torch.nn.Linear(2, 2))
+    report = vitkit.patch(torch.nn.Bilinear(2, 2, 2))
     assert (report.replaced, report.skipped) == ([], [])
     with pytest.raises(ValueError, match="strict"):
-        vitkit.patch(torch.nn.Linear(2, 2), strict=True)
+        vitkit.patch(torch.nn.Bilinear(2, 2, 2), strict=True)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ LAYERS = {
 
 @pytest.fixture
 def slow(monkeypatch):
-    """A machine without such instructions, whatever this one has."""
+    """A machine without such instructions and without a kernel, whatever this one has."""
+    monkeypatch.setattr(products, "_is_quick_on_this_cpu", lambda: False)
     monkeypatch.setattr(
         products, "products_are_slow", lambda dtype, device: dtype in HALF and device == "cpu"
     )

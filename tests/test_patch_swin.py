@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from patching import assert_same_numbers
+from patching import assert_same_numbers, replaced
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkit
@@ -251,7 +251,7 @@ def test_subclassed_attention_is_left():
     block = timm_block(SwinTransformerBlock, (14, 14))
     block.attn.__class__ = Other
     report = vitkit.patch(block)
-    assert [r.name for r in report.replaced] == ["norm1", "norm2", "mlp.act"]
+    assert [r.name for r in replaced(report)] == ["norm1", "norm2", "mlp.act"]
     assert "may compute something else" in str(report)
 
 

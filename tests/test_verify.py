@@ -164,8 +164,8 @@ class Own(torch.nn.Module):
 def test_modules_of_vitkits_own_are_compared_with_the_reference(monkeypatch):
     model, tokens = Own(), torch.randn(2, 5, 8)
     result = vitkit.verify(model, tokens, seconds=0, strict=True)
-    assert result.ok and result.own == {"GEGLU": 1} and len(result.report.replaced) == 1
-    assert set(result.kernel_calls) == {"geglu_fwd", "group_norm_silu_fwd"}
+    assert result.ok and result.own["GEGLU"] == 1 and len(result.report.replaced) == 1
+    assert set(result.kernel_calls) - {"linear_fwd"} == {"geglu_fwd", "group_norm_silu_fwd"}
     assert "vitkit on backend reference" in str(result) and result.timings == {}
     assert all("vitkit_backend" not in m.__dict__ for m in model.modules())
     model.mlp.vitkit_backend = "reference"

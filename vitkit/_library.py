@@ -8,6 +8,7 @@ Nothing is loaded or probed at import: the first call that needs a library loads
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import itertools
@@ -58,6 +59,16 @@ def native_error(name: str) -> str | None:
             except OSError as error:
                 _native_errors[name] = f"{name} could not be loaded: {error}"
     return _native_errors[name]
+
+
+def cpu_isa() -> str | None:
+    """The instruction set the native CPU kernels use here, None if they are not built."""
+    path = native_path("_C_cpu")
+    if path is None or native_error("_C_cpu"):
+        return None
+    function = ctypes.CDLL(str(path)).vitkit_cpu_isa
+    function.restype = ctypes.c_char_p
+    return function().decode()  # type: ignore[no-any-return]
 
 
 @_constant_when_traced
@@ -170,18 +181,19 @@ def define(
     schema: str,
     *,
     fake: Callable[..., Any],
-    triton: Callable[..., Any],
+    triton: Callable[..., Any] | None,
     flops: Callable[..., int],
     any_strides: bool = False,
 ) -> None:
-    """Defines ``vitkit::name`` (native) and ``vitkit::name.triton`` with one schema, one fake and
-    one FLOP formula.
+    """Defines ``vitkit::name`` (native) and, with a launcher, ``vitkit::name.triton``; one schema,
+    one fake and one FLOP formula.
 
     Args:
         name: operator name without namespace.
         schema: ``"(Tensor x, ...) -> ..."``; the C++ files do not repeat it.
         fake: output shapes, dtypes and strides for FakeTensor and meta tensors.
-        triton: launcher; it imports its Triton kernel when it is called, not before.
+        triton: launcher; it imports its Triton kernel when it is called, not before. None without
+            one.
         flops: FLOPs from the shapes of the arguments, for ``torch.utils.flop_counter``.
         any_strides: the operator takes every tensor as it lies. torch.compile then hands it what
             the operator before it made; else it restores the strides that were traced, which
@@ -190,12 +202,13 @@ def define(
     tags = [torch.Tag.pt2_compliant_tag]
     if any_strides:
         tags.append(torch.Tag.flexible_layout)
-    for overload in ("", "triton"):
+    for overload in ("",) if triton is None else ("", "triton"):
         qualified = f"{name}.{overload}" if overload else name
         LIB.define(qualified + schema, tags=tuple(tags))
         torch.library.register_fake(f"vitkit::{qualified}", _same_device(name, fake), lib=LIB)
     LIB.impl(name, _load_then_redispatch(name), "CompositeExplicitAutograd")
-    LIB.impl(f"{name}.triton", triton, "CompositeExplicitAutograd")
+    if triton is not None:
+        LIB.impl(f"{name}.triton", triton, "CompositeExplicitAutograd")
     _flops[name] = flops
 
 
@@ -204,11 +217,17 @@ def register_flops() -> None:
     """Hands the FLOP formulas to ``torch.utils.flop_counter`` once somebody uses it: importing it
     would import Triton. The ops ask on every call, which costs a set lookup."""
     if _flops and "torch.utils.flop_counter" in sys.modules:
-        from torch.utils.flop_counter import register_flop_formula
+        from torch.utils import flop_counter
+        from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
         while _flops:
             name, formula = _flops.popitem()
-            register_flop_formula(getattr(torch.ops.vitkit, name))(formula)
+            flop_counter.register_flop_formula(getattr(torch.ops.vitkit, name))(formula)
+        # A counter copies the formulas when it is made, and this may be the first call within one.
+        for mode in _get_current_dispatch_mode_stack():
+            known = getattr(getattr(mode, "counter", None), "flop_registry", None)
+            if known is not None:
+                known |= {k: v for k, v in flop_counter.flop_registry.items() if k not in known}
 
 
 def is_plain_cpu_call(x: torch.Tensor) -> bool:

@@ -68,7 +68,9 @@ def _is_of(module: torch.nn.Module, package: str) -> bool:
 
 def _has_kernels(module: torch.nn.Module) -> bool:
     if isinstance(module, products.Linear | products._Convolution):
-        return products.products_are_slow(module.weight.dtype, module.weight.device.type)
+        where = module.weight.dtype, module.weight.device.type
+        kernel = isinstance(module, products.Linear) and products.has_kernel(*where)
+        return kernel or products.products_are_slow(*where)
     return _is_of(module, "vitkit.nn.")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
@@ -29,16 +28,6 @@ class Finding:
     text: str
     mend: str = ""
     needed: bool = False
-
-
-def cpu_isa() -> str | None:
-    """The instruction set the native CPU kernels use here, None if they are not built."""
-    path = _library.native_path("_C_cpu")
-    if path is None or _library.native_error("_C_cpu"):
-        return None
-    function = ctypes.CDLL(str(path)).vitkit_cpu_isa
-    function.restype = ctypes.c_char_p
-    return function().decode()
 
 
 def build_facts() -> dict[str, Any]:
@@ -68,7 +57,7 @@ def info() -> dict[str, Any]:
         "libraries": {name: version_of(name) for name in libraries},
         "devices": devices,
         "threads": torch.get_num_threads(),
-        "cpu_isa": cpu_isa(),
+        "cpu_isa": _library.cpu_isa(),
         "build": build_facts(),
         "ops": {
             op: {
@@ -114,7 +103,9 @@ def _native_cpu() -> Finding:
     error = _library.native_error("_C_cpu")
     if error is None:
         isas = ", ".join(build_facts().get("cpu_isas", []))
-        return Finding("CPU kernels", True, f"using {cpu_isa()} (built for {isas})", needed=True)
+        return Finding(
+            "CPU kernels", True, f"using {_library.cpu_isa()} (built for {isas})", needed=True
+        )
     if _library.native_path("_C_cpu") is None:
         reason, mend = _missing_reason("_C_cpu")
         return Finding("CPU kernels", False, reason, mend, needed=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -27,10 +27,12 @@ def make_case(
     terms: int = 1,
     target: float | None = None,
     sets: tuple[str, ...] = ("full",),
+    rivals: Mapping[str, Callable[..., Sequence[torch.Tensor]]] | None = None,
 ) -> Case:
     """One case. ``inputs()`` returns (differentiated, fixed) arguments of ``ours`` and of
     ``eager``, the host's own code; ``elements`` counts those read and written by the forward and
-    by the backward pass, ``flops`` is that of the forward pass."""
+    by the backward pass, ``flops`` is that of the forward pass; ``rivals`` are raced beside
+    ``eager`` and its compiled forms."""
 
     def make() -> tuple[list[Provider], Callable[[], Outputs]]:
         torch.manual_seed(0)
@@ -58,7 +60,7 @@ def make_case(
         providers = [
             Provider("vitkit", bind(ours), ours=True),
             Provider("eager", bind(eager)),
-            *(Provider(n, bind(f)) for n, f in compiled(eager).items()),
+            *(Provider(n, bind(f)) for n, f in {**compiled(eager), **(rivals or {})}.items()),
         ]
         return providers, bind(eager, double=True)
 

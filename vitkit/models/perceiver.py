@@ -11,6 +11,7 @@ import torch
 from vitkit.models.layers import ImageModel, init_weights
 from vitkit.models.registry import Entry, Family
 from vitkit.nn import LayerNorm, Linear, attend, gelu
+from vitkit.nn.products import try_linear_gelu
 
 EPS = 1e-5
 
@@ -91,7 +92,8 @@ class PerceiverMLP(torch.nn.Module):
         self.dense2 = Linear(dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dense2(gelu(self, self.dense1(x)))
+        h = try_linear_gelu(self.dense1, x)
+        return self.dense2(gelu(self, self.dense1(x)) if h is None else h)
 
 
 class PerceiverLayer(torch.nn.Module):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from vitkit.nn.functional import _backend, _on_torch
-from vitkit.nn.products import Linear
+from vitkit.nn.products import Linear, linear_gelu
 from vitkit.ops import geglu as _geglu
 from vitkit.ops import gelu as _gelu
 from vitkit.ops import swiglu as _swiglu
@@ -182,4 +182,4 @@ class Mlp(torch.nn.Module):
         self.fc2 = Linear(hidden, dim, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(linear_gelu(self.fc1, self.act, x, self.act.approximate))

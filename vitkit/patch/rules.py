@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vitkit.nn.products import watched as watched
 from vitkit.patch.source import unknown
 
 
@@ -69,22 +70,6 @@ def swap_class(module: torch.nn.Module, twin: type) -> Change:
     """Gives ``module`` the class ``twin``, a subclass of its own that changes ``forward`` only."""
     assert issubclass(twin, type(module)), (twin, type(module))
     return Change(module, "__class__", twin)
-
-
-def watched(*modules: torch.nn.Module | None) -> bool:
-    """Whether somebody has hooks on a module or replaced its forward. Its parent must then call it,
-    and not compute it along with something else."""
-    return any(
-        bool(
-            m._forward_hooks
-            or m._forward_pre_hooks
-            or m._backward_hooks
-            or m._backward_pre_hooks
-            or "forward" in m.__dict__
-        )
-        for m in modules
-        if m is not None
-    )
 
 
 def is_group_norm(module: Any) -> bool:

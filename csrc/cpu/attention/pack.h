@@ -19,6 +19,21 @@ constexpr int64_t kMaxHeadDim = 256;
 template <typename T>
 alignas(64) constexpr T kZeroRow[kMaxHeadDim] = {};
 
+// Eight rows of `depth` elements become eight columns of a panel.
+template <typename T>
+VITKIT_INLINE void pack_eight_columns(const T* const (&from)[8], int64_t depth, float* out) {
+  int64_t d = 0;
+#if defined(__AVX2__)
+  for (; d + 8 <= depth; d += 8) {
+    __m256 in[8];
+    for (int r = 0; r < 8; ++r) in[r] = load8(from[r] + d);
+    transpose8(in, out + d * kPanel);
+  }
+#endif
+  for (; d < depth; ++d)
+    for (int r = 0; r < 8; ++r) out[d * kPanel + r] = to_float(from[r][d]);
+}
+
 // Row j of the source becomes column j: panel p is [depth][kPanel] with rows p * kPanel ... of the
 // source side by side, and zeros up to a whole vector: a product reads no further (panel_vecs). The
 // operand for S = Q K^T (and dP = dO V^T).
@@ -29,16 +44,7 @@ VITKIT_INLINE void pack_transposed(const Row& row, int64_t first, int64_t rows, 
     float* out = dst + j / kPanel * kPanel * depth + j % kPanel;
     const T* from[8];
     for (int r = 0; r < 8; ++r) from[r] = j + r < rows ? row(first + j + r) : kZeroRow<T>;
-    for (int64_t d = 0; d < depth; d += 8) {
-#if defined(__AVX2__)
-      __m256 in[8];
-      for (int r = 0; r < 8; ++r) in[r] = load8(from[r] + d);
-      transpose8(in, out + d * kPanel);
-#else
-      for (int c = 0; c < 8; ++c)
-        for (int r = 0; r < 8; ++r) out[(d + c) * kPanel + r] = to_float(from[r][d + c]);
-#endif
-    }
+    pack_eight_columns(from, depth, out);
   }
 }
 

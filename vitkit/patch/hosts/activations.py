@@ -1,13 +1,17 @@
-"""What the rules for gated MLPs of several hosts share: which activation a module is."""
+"""What the rules for MLPs of several hosts share: which activation a module is, and what takes its
+place."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn.functional import gelu
 
 from vitkit import nn
+from vitkit.nn import products
+from vitkit.patch.rules import Replacement, swap_class
 
 # Class names of activations -> what they compute. Names, because each host brings its own classes;
 # a class of another library with such a name is not trusted.
@@ -19,6 +23,8 @@ _KINDS = {
     "GELU": "gelu",
     "GELUTanh": "gelu_tanh",
 }
+
+APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 def kind_of(activation: Any) -> str | None:
@@ -60,3 +66,18 @@ def gated(
 def op_of(kind: str) -> str:
     """What the report says."""
     return {"silu": "swiglu", "gelu": "geglu (erf)", "gelu_tanh": "geglu (tanh)"}[kind]
+
+
+def plan_mlp(twin: type, act: str) -> Callable[[Any], Replacement | None]:
+    """Plans an MLP whose first projection is ``fc1`` and whose activation ``act``: of no concern
+    unless there is a kernel for both. Projections and activation have rules of their own."""
+
+    def plan(module: Any) -> Replacement | None:
+        linear = type(module.fc1) in (torch.nn.Linear, products.Linear)
+        if not linear or kind_of(getattr(module, act)) not in APPROXIMATE:
+            return None
+        if not products.has_kernel(module.fc1.weight.dtype, module.fc1.weight.device.type):
+            return None
+        return Replacement("linear + gelu", (swap_class(module, twin),))
+
+    return plan

@@ -109,6 +109,25 @@ def _layer_norm(module: torch.nn.LayerNorm) -> Replacement | str:
     return Replacement("layer_norm_modulate (no modulation)", (swap_class(module, nn.LayerNorm),))
 
 
+def _is_linear(module: Any) -> bool:
+    """Of a dtype and on a device where torch's product is not the quickest."""
+    if type(module) is not torch.nn.Linear:
+        return False
+    where = module.weight.dtype, module.weight.device.type
+    return products.has_kernel(*where) or products.products_are_slow(*where)
+
+
+def _linear(module: torch.nn.Linear) -> Replacement:
+    if products.has_kernel(module.weight.dtype, module.weight.device.type):
+        change = swap_class(module, products.Linear)
+        return Replacement("linear", (change,), note="torch's own where gradients are wanted")
+    return _widened(module, products.Linear)
+
+
+def _widened(module: torch.nn.Module, twin: type[torch.nn.Module]) -> Replacement:
+    return Replacement("products in float32", (swap_class(module, twin),))
+
+
 def _in_float32(cls: type[torch.nn.Module], twin: type[torch.nn.Module]) -> Rule:
     """For half precision where the machine has no instructions for it; no concern elsewhere."""
 
@@ -117,10 +136,7 @@ def _in_float32(cls: type[torch.nn.Module], twin: type[torch.nn.Module]) -> Rule
             return False
         return products.products_are_slow(module.weight.dtype, module.weight.device.type)
 
-    def plan(module: torch.nn.Module) -> Replacement:
-        return Replacement("products in float32", (swap_class(module, twin),))
-
-    return Rule(cls, None, plan, applies=applies)
+    return Rule(cls, None, lambda module: _widened(module, twin), applies=applies)
 
 
 RULES = [
@@ -129,7 +145,7 @@ RULES = [
     Rule(torch.nn.LayerNorm, "layer_norm_modulate", _layer_norm),
     Rule(torch.nn.MultiheadAttention, "flash_attention", _multihead),
     Rule(torch.nn.TransformerEncoderLayer, "flash_attention", _encoder_layer),
-    _in_float32(torch.nn.Linear, products.Linear),
+    Rule(torch.nn.Linear, None, _linear, applies=_is_linear),
     _in_float32(torch.nn.Conv1d, products.Conv1d),
     _in_float32(torch.nn.Conv2d, products.Conv2d),
     _in_float32(torch.nn.Conv3d, products.Conv3d),

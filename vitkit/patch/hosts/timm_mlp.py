@@ -1,4 +1,4 @@
-"""Rules for timm's gated MLPs and its own activation classes."""
+"""Rules for timm's MLPs, gated and not, and its own activation classes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from timm.layers.activations import GELU as TimmGELU
 from timm.layers.activations import GELUTanh as TimmGELUTanh
 
 from vitkit import nn
-from vitkit.patch.hosts.activations import gated, kind_of, op_of
+from vitkit.nn import products
+from vitkit.patch.hosts.activations import APPROXIMATE, gated, kind_of, op_of, plan_mlp
 from vitkit.patch.rules import Replacement, Rule, swap_class, watched
 
 # What the replacements repeat, in every version whose forward they were compared with.
@@ -18,6 +19,18 @@ _GLU_MLP = {"7e8341286f": "1.0.20 to 1.0.31"}
 _SWIGLU = {"710397ab48": "1.0.20 to 1.0.31"}
 _GELU = {"b8f068935a": "1.0.20 to 1.0.31"}
 _GELU_TANH = {"6df304faa1": "1.0.20 to 1.0.31"}
+_MLP = {"b2342481f8": "1.0.20 to 1.0.31"}
+
+
+class Mlp(timm.layers.Mlp):
+    """timm's Mlp with the first projection and GELU in one pass."""
+
+    def forward(self, x):
+        kind = kind_of(self.act)
+        if kind not in APPROXIMATE:
+            return super().forward(x)
+        x = products.linear_gelu(self.fc1, self.act, x, APPROXIMATE[kind])
+        return self.drop2(self.fc2(self.norm(self.drop1(x))))
 
 
 class GluMlp(timm.layers.GluMlp):
@@ -73,6 +86,7 @@ def _onto(twin: type, form: str):
 
 
 RULES = [
+    Rule(timm.layers.Mlp, None, plan_mlp(Mlp, "act"), ((timm.layers.Mlp.forward, _MLP),)),
     Rule(
         timm.layers.GluMlp, "swiglu", _gated_onto(GluMlp), ((timm.layers.GluMlp.forward, _GLU_MLP),)
     ),
