@@ -82,7 +82,8 @@ class Case:
 class Row:
     """One measured case, as it is stored. ``interval``: 20th and 80th percentile of our times and
     those of the best rival, in microseconds. ``scale``: largest exact output. ``modelled``: not
-    measured, but computed from another point of its curve."""
+    measured, but computed from another point of its curve. ``commit``: what it was measured at, if
+    that is not the run's."""
 
     op: str
     name: str
@@ -114,6 +115,7 @@ class Row:
     curve: str = ""
     size: float = 0.0
     modelled: bool = False
+    commit: str = ""
 
     @property
     def met(self) -> bool:

@@ -43,7 +43,23 @@ def describe_row(row: Row) -> str:
     )
 
 
-def describe_environment(facts: dict[str, Any]) -> str:
+def _older(rows: Sequence[Row]) -> str:
+    """What is said of rows of other commits than the run's."""
+    count = sum(bool(r.commit) for r in rows)
+    if not count:
+        return ""
+    commits = ", ".join(dict.fromkeys(r.commit for r in rows if r.commit))
+    return (
+        f" {count} of the {len(rows)} rows, marked *, were measured at an earlier commit"
+        f" ({commits})."
+    )
+
+
+def _star(*rows: Row) -> str:
+    return "*" if all(r.commit for r in rows) else ""
+
+
+def describe_environment(facts: dict[str, Any], rows: Sequence[Row] = ()) -> str:
     gemm = ", ".join(f"{v:.0f} GFLOP/s {n}" for n, v in sorted(facts["gemm_gflops"].items()))
     isa = f", {facts['cpu_isa']} kernels" if facts.get("cpu_isa") else ""
     return (
@@ -52,12 +68,13 @@ def describe_environment(facts: dict[str, Any]) -> str:
         f" Measured in the same run: {gemm} (torch.mm), {facts['copy_gbytes']:.1f} GB/s (copy)."
         f" Caches were {facts.get('cache', 'warm')}."
         + (f" The run took {facts['minutes']:.0f} minutes." if "minutes" in facts else "")
+        + _older(rows)
     )
 
 
 def markdown(facts: dict[str, Any], rows: Sequence[Row]) -> str:
     """One table per op, slow-downs included, and the geometric mean of each."""
-    lines = [describe_environment(facts), ""]
+    lines = [describe_environment(facts, rows), ""]
     if facts.get("call_microseconds"):
         calls = (f"{name} {us:.1f} us" for name, us in facts["call_microseconds"].items())
         lines += [f"A call on one element: {', '.join(calls)}.", ""]
@@ -78,7 +95,7 @@ def markdown(facts: dict[str, Any], rows: Sequence[Row]) -> str:
             rival = f"{r.best_rival} {_time(r.rivals[r.best_rival])}"
             error = r.max_error / r.error_limit if r.error_limit else 0.0
             lines.append(
-                f"| {r.name} | {r.shape} | {r.mode} | {r.dtype} | {r.layout}"
+                f"| {r.name}{_star(r)} | {r.shape} | {r.mode} | {r.dtype} | {r.layout}"
                 f" | {_time(r.microseconds)} | {rival} | **{r.ratio:.2f}x** | {target}"
                 f" | {error:.2f} | {r.floor_fraction:.0%} | {_share(r)} |"
             )
@@ -93,7 +110,7 @@ def markdown(facts: dict[str, Any], rows: Sequence[Row]) -> str:
 def summary(facts: dict[str, Any], rows: Sequence[Row]) -> str:
     """One line per op: how many rows, their mean and range, and the first row as an example."""
     lines = [
-        describe_environment(facts),
+        describe_environment(facts, rows),
         "",
         "| op | rows | speed-up (geometric mean) | least to most | for example |",
         "|---|---|---|---|---|",
@@ -103,7 +120,8 @@ def summary(facts: dict[str, Any], rows: Sequence[Row]) -> str:
         ratios = [r.ratio for r in mine]
         first = mine[0]
         lines.append(
-            f"| {op} | {len(mine)} | **{geometric_mean(ratios):.2f}x** | {min(ratios):.2f}x to"
+            f"| {op}{_star(*mine)} | {len(mine)} | **{geometric_mean(ratios):.2f}x**"
+            f" | {min(ratios):.2f}x to"
             f" {max(ratios):.2f}x | {first.name} {first.mode} {first.dtype}:"
             f" {_time(first.microseconds)}, {first.best_rival}"
             f" {_time(first.rivals[first.best_rival])} |"
@@ -199,7 +217,7 @@ def html(facts: dict[str, Any], rows: Sequence[Row]) -> str:
             continue
         ops.append({"name": op, "mean": geometric_mean([r.ratio for r in mine]), "rows": mine})
     return environment.from_string(source).render(
-        environment=describe_environment(facts),
+        environment=describe_environment(facts, rows),
         place=_places([r.ratio for r in rows if not r.modelled]),
         ops=ops,
         curves=any(r.curve for r in rows),

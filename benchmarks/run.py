@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -53,6 +53,11 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true",
         help="keep the rows that FILE of --json holds, if they are of this machine and commit, and"
         " measure the others",
+    )  # fmt: skip
+    p.add_argument(
+        "--renew", action="store_true",
+        help="measure rows again that FILE of --json holds of another commit; those not asked for"
+        " stay, and say their commit",
     )  # fmt: skip
     p.add_argument("--report", type=Path, help="write an HTML page here")
     p.add_argument(
@@ -218,10 +223,11 @@ def run(
     budget: float = math.inf,
     before: Results | None = None,
     keep: Callable[[Results], None] = lambda results: None,
+    renew: bool = False,
 ) -> Results:
     """Measures all cases that can begin within ``budget`` seconds. ``progress`` gets a line per
-    case. Cases among the rows of ``before`` are not measured again; ``keep`` is called with all
-    results so far after every case."""
+    case. Cases among the rows of ``before`` are not measured again unless ``renew``, which keeps
+    the rows of other commits; ``keep`` is called with all results so far after every case."""
 
     def tell(line: str) -> None:
         if progress is not None:
@@ -233,10 +239,12 @@ def run(
     rows = [] if before is None else list(before.rows)
     minutes = 0.0
     if before is not None:
-        minutes = _continued(before.facts, facts)
+        minutes = _continued(before.facts, facts, renew)
         facts |= _highest(before.facts, facts)
+        if renew:
+            rows = _dated(before, facts["commit"])
     found = Results(facts, rows, {})
-    stored = {label(r) for r in rows}
+    stored = {label(r) for r in rows if not (renew and r.commit)}
     too_long: dict[str, str] = {} if before is None else dict(before.facts.get("too_long", {}))
     begin = time.monotonic()
     for index, case in enumerate(cases):
@@ -253,7 +261,8 @@ def run(
         keep(found)
         if left_out:
             break
-    place = {label(case): i for i, case in enumerate(cases)}
+    order = [*(map(label, before.rows) if before is not None and renew else ()), *map(label, cases)]
+    place = {name: i for i, name in enumerate(dict.fromkeys(order))}
     ops = list(dict.fromkeys([*OPS, *(row.op for row in rows)]))
     rows.sort(key=lambda row: (ops.index(row.op), place.get(label(row), len(place))))
     keep(found)
@@ -274,8 +283,9 @@ def _measured(
             (case.op, case.curve, name_of(case.dtype), False)]  # fmt: skip
     try:
         torch._dynamo.reset()
-        found.rows.append(_measure_or_model(case, device, roofline, manner, line))
-        return report.describe_row(found.rows[-1])
+        row = _measure_or_model(case, device, roofline, manner, line)
+        found.rows[:] = [r for r in found.rows if label(r) != name] + [row]
+        return report.describe_row(row)
     except LeftOut as reason:
         too_long[name] = str(reason)
         return f"{name}: left out, {reason}"
@@ -297,16 +307,24 @@ def _highest(*runs: dict[str, Any]) -> dict[str, Any]:
     return {"gemm_gflops": gemm, "copy_gbytes": max(facts["copy_gbytes"] for facts in runs)}
 
 
-def _continued(before: dict[str, Any], now: dict[str, Any]) -> float:
+def _dated(before: Results, commit: str | None) -> list[Row]:
+    """The rows of a stored run, those of another commit with its name."""
+    of_run = before.facts["commit"]
+    dated = (replace(r, commit=r.commit or of_run) for r in before.rows)
+    return [replace(r, commit="") if r.commit == commit else r for r in dated]
+
+
+def _continued(before: dict[str, Any], now: dict[str, Any], renew: bool) -> float:
     """The minutes that a stored run took, if it can be continued.
 
     Raises:
-        SystemExit: it is of another machine, version or commit.
+        SystemExit: it is of another machine or version, or of another commit and not to be renewed.
     """
     for key in SHARED:
-        if before.get(key) != now[key]:
+        if before.get(key) != now[key] and not (renew and key == "commit"):
+            option = "renew" if renew else "resume"
             raise SystemExit(
-                f"vitkit bench: --resume must continue a run of the same {key}, got"
+                f"vitkit bench: --{option} must continue a run of the same {key}, got"
                 f" {before.get(key)!r} stored and {now[key]!r} now"
             )
     return float(before.get("minutes", 0.0))
@@ -326,10 +344,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(own.explanation(options, cases[0].op, dtype), file=talk, flush=True)
     manner = Manner(options.seconds, options.cache, options.rivals == "all", options.time_box)
     file = None if options.json in (None, STDOUT) else options.json
-    if options.resume and file is None:
-        raise SystemExit("vitkit bench: --resume must come with a FILE of --json")
+    if (options.resume or options.renew) and file is None:
+        option = "renew" if options.renew else "resume"
+        raise SystemExit(f"vitkit bench: --{option} must come with a FILE of --json")
     before = None
-    if options.resume and file.exists():
+    if (options.resume or options.renew) and file.exists():
         before = Results(*report.load(file), {})
     budget = options.budget
     with preferred(options.backend):
@@ -341,6 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             math.inf if budget is None else budget,
             before,
             (lambda r: None) if file is None else partial(_store, file),
+            options.renew,
         )
     if options.json == STDOUT:
         print(report.as_json(found.facts, found.rows, found.failures))

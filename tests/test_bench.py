@@ -287,6 +287,29 @@ def test_a_run_that_was_cut_off_is_continued(monkeypatch):
         run.run(cases, "cpu", run.Manner(0.01), before=before)
 
 
+def test_rows_of_another_commit_are_renewed_or_say_so(monkeypatch):
+    monkeypatch.setattr(run, "measure_roofline", lambda *_: ROOFLINE)
+    cases = [dataclasses.replace(case(lambda: [X.sin()]), name=n) for n in "abc"]
+    before = run.run(cases, "cpu", run.Manner(0.01))
+    now = before.facts["commit"]
+    before.facts["commit"] = "0ld"
+    manner = run.Manner(0.01)
+    found = run.run(cases[1:2], "cpu", manner, before=before, renew=True)
+    assert [(r.name, r.commit) for r in found.rows] == [("a", "0ld"), ("b", ""), ("c", "0ld")]
+    assert found.facts["commit"] == now
+    text = report.markdown(found.facts, found.rows)
+    assert "2 of the 3 rows, marked *, were measured at an earlier commit (0ld)." in text
+    assert "| c* |" in text and "| b |" in text
+    # Going on with it measures what is still old, and nothing else.
+    times = {r.name: r.microseconds for r in found.rows}
+    again = run.run(cases, "cpu", manner, before=found, renew=True)
+    assert not any(r.commit for r in again.rows)
+    assert next(r for r in again.rows if r.name == "b").microseconds == times["b"]
+    before.facts["threads"] = -1
+    with pytest.raises(SystemExit, match="--renew must continue a run of the same threads"):
+        run.run(cases, "cpu", manner, before=before, renew=True)
+
+
 def test_what_takes_too_long_is_left_out_and_named(monkeypatch):
     def refuse():
         raise LeftOut("a call takes an hour")
