@@ -241,6 +241,7 @@ def run(
     if before is not None:
         minutes = _continued(before.facts, facts, renew)
         facts |= _highest(before.facts, facts)
+        roofline = Roofline(facts["gemm_gflops"], facts["copy_gbytes"])
         if renew:
             rows = _dated(before, facts["commit"])
     found = Results(facts, rows, {})

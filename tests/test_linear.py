@@ -205,6 +205,10 @@ def test_transforms_and_subclasses_are_torchs():
 
     layer.weight = torch.nn.Parameter(layer.weight.as_subclass(Mine), requires_grad=False)
     assert calls(layer, x)[1] == 0
+    plain = vitkit.nn.Linear(16, 8).requires_grad_(False)
+    y = plain(x[0])
+    plain.weight = torch.nn.Parameter(plain.weight.to_sparse_csr(), requires_grad=False)
+    assert torch.allclose(plain(x[0]), y, atol=1e-6)
 
 
 def test_a_torch_layer_is_patched_and_back():

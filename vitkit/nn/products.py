@@ -2,10 +2,10 @@
 half precision in float32 on a CPU that has no instructions for it.
 
 ``vitkit::linear_fwd`` computes activation(x W^T + b) in one pass, in float32 from operands of any
-of the three dtypes, rounded once. It packs a megabyte of the weight at a time and keeps it in cache
-while all rows go by; bias and activation are applied before a sum goes to memory. It runs where it
-was measured to be faster than torch's product: on x86 CPUs whose widest vectors are AVX2's, without
-gradients, from :data:`FEW_ROWS` rows on.
+of the three dtypes, rounded once. It packs less than a megabyte of the weight at a time and keeps
+it in cache while all rows go by; bias and activation are applied before a sum goes to memory. It
+runs where it was measured to be faster than torch's product: on x86 CPUs whose widest vectors are
+AVX2's, without gradients, from :data:`FEW_ROWS` rows on.
 
 Without AVX-512 torch multiplies bfloat16 and float16 element by element, ten times slower than
 float32 and more; convolutions a hundred times. Where no kernel takes over, these modules convert
@@ -76,8 +76,12 @@ def _suits(
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():
             return False
-        if any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in given):
-            return False  # a subclass may mean something else by a product
+        # What a subclass or another layout means by a product is its own affair.
+        if any(
+            type(t) not in (torch.Tensor, torch.nn.Parameter) or t.layout is not torch.strided
+            for t in given
+        ):
+            return False
     return (
         x.numel() >= FEW_ROWS * x.shape[-1] > 0
         and all(t.dtype == x.dtype and t.device == x.device for t in given)
