@@ -59,7 +59,7 @@ def _star(*rows: Row) -> str:
     return "*" if all(r.commit for r in rows) else ""
 
 
-def describe_environment(facts: dict[str, Any], rows: Sequence[Row] = ()) -> str:
+def describe_environment(facts: dict[str, Any], rows: Sequence[Row]) -> str:
     gemm = ", ".join(f"{v:.0f} GFLOP/s {n}" for n, v in sorted(facts["gemm_gflops"].items()))
     isa = f", {facts['cpu_isa']} kernels" if facts.get("cpu_isa") else ""
     return (

@@ -24,8 +24,6 @@ constexpr int64_t kGroupBytes = 768 << 10;
 constexpr int64_t kLeastRows = 768;
 constexpr int64_t kItemsPerThread = 4;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // How the work is cut changes no result: every sum is taken in one order.
 void cut(LinearForward& p, const LinearKernels& kernels, int64_t threads) {
   const int64_t panels = divide_up(p.columns, kernels.panel);

@@ -18,8 +18,6 @@ namespace {
 constexpr int64_t kLeastRows = 24;
 constexpr int64_t kBlockBytes = 384 << 10;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Equal blocks, at least one for every thread, whose patches and sums stay in a 512 KiB cache. How
 // the tokens are cut changes no result.
 int64_t block_rows(const PatchKernels& kernels, const PatchEmbed& in, int64_t threads) {

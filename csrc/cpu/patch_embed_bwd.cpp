@@ -23,8 +23,6 @@ using Optional = std::optional<Tensor>;
 constexpr int64_t kWeightItems = 32, kPartTokens = 1024;
 constexpr int64_t kMostRowParts = 256;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // One backward pass; results are made by its methods.
 class Backward {
  public:

@@ -14,8 +14,7 @@ import torch
 
 from vitkit.models.layers import init_weights, sincos_1d
 from vitkit.models.registry import Entry, Family
-from vitkit.nn import DilatedAttention, LayerNorm, Linear, gelu
-from vitkit.nn.products import try_linear_gelu
+from vitkit.nn import DilatedAttention, LayerNorm, Linear, project_gelu
 
 DILATION_RATIOS = (1, 2, 4, 8, 16)
 
@@ -91,8 +90,7 @@ class FeedForward(torch.nn.Module):
         return torch.cat([self._project(part) for part in x.split(self.tokens, 1)], 1)
 
     def _project(self, x: torch.Tensor) -> torch.Tensor:
-        h = try_linear_gelu(self.fc1, x)
-        return self.fc2(self.ffn_layernorm(gelu(self, self.fc1(x)) if h is None else h))
+        return self.fc2(self.ffn_layernorm(project_gelu(self, self.fc1, x)))
 
 
 class Layer(torch.nn.Module):

@@ -10,8 +10,7 @@ import torch
 
 from vitkit.models.layers import ImageModel, init_weights
 from vitkit.models.registry import Entry, Family
-from vitkit.nn import LayerNorm, Linear, attend, gelu
-from vitkit.nn.products import try_linear_gelu
+from vitkit.nn import LayerNorm, Linear, attend, project_gelu
 
 EPS = 1e-5
 
@@ -92,8 +91,7 @@ class PerceiverMLP(torch.nn.Module):
         self.dense2 = Linear(dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = try_linear_gelu(self.dense1, x)
-        return self.dense2(gelu(self, self.dense1(x)) if h is None else h)
+        return self.dense2(project_gelu(self, self.dense1, x))
 
 
 class PerceiverLayer(torch.nn.Module):

@@ -8,7 +8,7 @@ where one of its kernels can run, torch's own functions where none can.
 from vitkit.nn.attention import Attention, AttentionPoolLatent
 from vitkit.nn.dilated import DilatedAttention
 from vitkit.nn.functional import attend, group_norm_silu, layer_norm, patch_embed, why_no_kernel
-from vitkit.nn.mlp import GEGLU, GELU, Mlp, SwiGLU, SwiGLUPacked, geglu, gelu, swiglu
+from vitkit.nn.mlp import GEGLU, GELU, Mlp, SwiGLU, SwiGLUPacked, geglu, gelu, project_gelu, swiglu
 from vitkit.nn.multihead import MultiheadAttention
 from vitkit.nn.norm import AdaLayerNorm, GroupNorm, GroupNormSiLU, LayerNorm
 from vitkit.nn.patch import PatchEmbed
@@ -51,6 +51,7 @@ __all__ = [
     "group_norm_silu",
     "layer_norm",
     "patch_embed",
+    "project_gelu",
     "rotate",
     "swiglu",
     "why_no_kernel",

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from vitkit.nn.functional import _backend, _on_torch
-from vitkit.nn.products import Linear, linear_gelu
+from vitkit.nn.products import Linear, linear_gelu, try_linear_gelu
 from vitkit.ops import geglu as _geglu
 from vitkit.ops import gelu as _gelu
 from vitkit.ops import swiglu as _swiglu
@@ -18,6 +18,13 @@ def gelu(module: torch.nn.Module, x: torch.Tensor, approximate: str = "none") ->
     if _on_torch(_gelu.NAME, module, x):
         return F.gelu(x, approximate=approximate)
     return _gelu.gelu(x, approximate=approximate, backend=_backend(module))
+
+
+def project_gelu(module: torch.nn.Module, layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``F.gelu(layer(x))`` of a linear layer, on the backend of ``module``: in one pass where there
+    is a kernel for both."""
+    y = try_linear_gelu(layer, x)
+    return gelu(module, layer(x)) if y is None else y
 
 
 def swiglu(

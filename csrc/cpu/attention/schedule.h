@@ -10,6 +10,8 @@
 
 namespace vitkit::cpu {
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 constexpr double kFlopsPerThread = 2e6;  // about 20 us, several times what waking a thread costs
 
 inline int64_t threads_for(double flops) {
