@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from numerics import double
 from samples import SAMPLES
 from torch.utils.checkpoint import checkpoint
@@ -234,6 +235,34 @@ def test_functional_grad(sample, device):
     loss(function(leaf, *values[1:])).backward()
     got = torch.func.grad(lambda v: loss(function(v, *values[1:])))(values[0])
     torch.testing.assert_close(got, leaf.grad)
+
+
+@every_sample
+@pytest.mark.parametrize("dual", [False, True], ids=["jvp", "dual"])
+def test_forward_mode_derivatives_are_those_of_the_reference(sample, device, dual):
+    """Operators have none, and torch would take them for zero."""
+    function, values = sample.differentiable(device, torch.float32)
+    tangents = [torch.randn_like(v) for v in values]
+
+    def derivative(function, values, tangents):
+        return torch.func.jvp(lambda *v: loss(function(*v)), tuple(values), tuple(tangents))[1]
+
+    def plain(*values):
+        return function(*values, backend="reference")
+
+    want = derivative(plain, double(*values), double(*tangents))
+    assert want != 0
+    if not dual:
+        got = derivative(function, values, tangents)
+    else:
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(*pair) for pair in zip(values, tangents, strict=True)]
+            got = forward_ad.unpack_dual(loss(function(*duals))).tangent
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="only the reference has forward-mode derivatives"):
+        derivative(lambda *v: function(*v, backend=device), values, tangents)
+    # What was found out about these tensors before and after is not mixed up with it.
+    assert vitkit.explain(sample.op, **dict_of(sample, values)).backend == device
 
 
 @every_sample

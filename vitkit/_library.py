@@ -238,8 +238,18 @@ def is_plain_cpu_call(x: torch.Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or not x.is_cpu or torch._C._is_any_autocast_enabled():
         return False
+    if in_forward_mode():
+        return False
     register_flops()
     return True
+
+
+@_constant_when_traced
+def in_forward_mode() -> bool:
+    """Whether forward-mode derivatives are being computed (``torch.func.jvp``, ``jacfwd``,
+    ``hessian``, dual tensors). Operators have none, and would give a zero in silence: every op is
+    its reference then."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def differentiated(*tensors: torch.Tensor | None) -> bool:
@@ -250,7 +260,7 @@ def differentiated(*tensors: torch.Tensor | None) -> bool:
 def layout_key(*values: Any) -> Any:
     """All that validation and backend choice depend on; None while tracing, and for arguments of
     types that no check will let pass."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or in_forward_mode():
         return None
     key = tuple(
         (v.shape, v.stride(), v.dtype, v.device) if isinstance(v, torch.Tensor) else v

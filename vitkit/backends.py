@@ -20,6 +20,8 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 DEFAULT = os.environ.get("VITKIT_BACKEND", "auto")
 
+FORWARD_MODE = "only the reference has forward-mode derivatives (torch.func.jvp)"
+
 WhyNot = Callable[[str], "str | None"]
 """Takes a backend name, returns the reason it cannot run the call at hand, None if it can."""
 
@@ -39,10 +41,12 @@ OPS: dict[str, Op] = {}
 
 
 def why_not_device(op: str, backend: str, device_type: str) -> str | None:
-    """The reasons every op shares: wrong device, library not built or not loadable, no such kernel,
-    Triton missing."""
+    """The reasons every op shares: forward-mode derivatives, wrong device, library not built or not
+    loadable, no such kernel, Triton missing."""
     if backend == "reference":
         return None
+    if _library.in_forward_mode():
+        return FORWARD_MODE
     if backend in ("cpu", "cuda"):
         if device_type != backend:
             return f"it runs on {backend} tensors, these are on {device_type}"

@@ -32,6 +32,8 @@ def why_no_kernel(
     op: str, device_type: str, dtype: torch.dtype, head_dim: int | None = None
 ) -> str | None:
     """None if a kernel of ``op`` can run on such tensors, otherwise the reason that none can."""
+    if _library.in_forward_mode():
+        return backends.FORWARD_MODE
     key = (op, device_type, dtype, head_dim)
     if key not in _reasons:
         _reasons[key] = _why_no_kernel(*key)
