@@ -26,7 +26,7 @@ from .ceilings import Roofline, measure_roofline
 from .harness import LONGEST_CALL, Case, LeftOut, Row, measure, modelled
 from .timing import CACHES
 
-OPS = (*own.OPS, "linear", "models")
+OPS = (*own.OPS, "linear", "conv3x3", "models")
 SETS = ("smoke", "fast", "full", "scaling")
 STDOUT = Path("-")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = {
     "attention_forward": ("flash_attention_kernel.cpp",),
     "attention_backward": ("flash_attention_bwd_kernel.cpp",),
+    "conv3x3": ("conv3x3_kernel.cpp",),
     "dilated_attention": ("dilated_attention_kernel.cpp", "dilated_attention_bwd_kernel.cpp"),
     "gated_activation": ("gated_activation_kernel.cpp",),
     "group_norm_silu": ("group_norm_silu_kernel.cpp", "scratch.cpp"),

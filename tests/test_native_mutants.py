@@ -94,6 +94,16 @@ MUTANTS = {
         "linear", LANES, "linear_kernel.cpp", "load(p.bias + column + v * kLanes)",
         "load(p.bias + v * kLanes)",
     ),
+    "the last tile of an image reads what is beside it": (
+        "conv3x3", LANES, "conv3x3_kernel.cpp", "y < p.height && x < p.width;", "y < p.height;",
+    ),
+    "a tap of the weight has the wrong sign": (
+        "conv3x3", LANES, "conv3x3_kernel.cpp", "rows[2][j] = ends - middle",
+        "rows[2][j] = ends + middle",
+    ),
+    "samples of a block share the tiles of the first": (
+        "conv3x3", LANES, "conv3x3_kernel.cpp", "s.inputs + n * per_sample * s.stride", "s.inputs",
+    ),
     "turning back turns on": (
         "rope_2d", LANES, "rope_2d_kernel.cpp",
         "kInverse ? swap_pairs(v * s) : swap_pairs(v) * s", "swap_pairs(v) * s",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vitkit.nn import products
+from vitkit.nn import convolution, products
 from vitkit.patch import Report, patch, unpatch
 
 
@@ -67,10 +67,10 @@ def _is_of(module: torch.nn.Module, package: str) -> bool:
 
 
 def _has_kernels(module: torch.nn.Module) -> bool:
-    if isinstance(module, products.Linear | products._Convolution):
+    if isinstance(module, products.Linear | convolution._Convolution):
         where = module.weight.dtype, module.weight.device.type
         kernel = isinstance(module, products.Linear) and products.has_kernel(*where)
-        return kernel or products.products_are_slow(*where)
+        return kernel or convolution.has_kernel(module) or products.products_are_slow(*where)
     return _is_of(module, "vitkit.nn.")
 
 

@@ -25,6 +25,10 @@ enum class Epilogue {
 VITKIT_INLINE int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
+VITKIT_INLINE int64_t num_panels(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+// Floats from one row of a matrix in scratch to the next: rows of this length neither alias in the
+// cache nor end where a vector would write beyond them.
+VITKIT_INLINE int64_t row_stride_of(int64_t columns) { return round_up(columns, 16) + 16; }
 VITKIT_INLINE int64_t round_rows(int64_t rows) { return (rows + 1) & ~int64_t(1); }
 
 // kTransA: element (r, i) of A is a[i * lda + r] instead of a[r * lda + i].

@@ -9,12 +9,8 @@
 namespace vitkit::cpu::VITKIT_ISA {
 namespace {
 
-VITKIT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Rows that meet a panel while it is in the first-level cache.
 constexpr int64_t kBlockRows = 48 / kTileRows * kTileRows;
-// Rows of this length, in scratch, do not alias in the cache.
-VITKIT_INLINE int64_t padded(int64_t depth) { return round_up(depth, 16) + 16; }
 
 struct Scratch {
   float *panels, *rows;
@@ -25,7 +21,7 @@ struct Scratch {
     panels = arena.take<float>(p.group_panels * kPanel * p.depth);
     // float32 rows are read where they are, but for the last tile.
     const int64_t count = p.type == ElementType::f32 ? kTileRows : kBlockRows;
-    rows = arena.take<float>(round_rows(count) * padded(p.depth));
+    rows = arena.take<float>(round_rows(count) * row_stride_of(p.depth));
     bytes = size_t(arena.next - static_cast<char*>(base));
   }
 };
@@ -80,7 +76,7 @@ void multiply_block(const LinearForward& p, const Scratch& scratch, int64_t row,
                     int64_t column, int64_t columns) {
   const T* x = reinterpret_cast<const T*>(p.x);
   const auto at = [&](int64_t r) { return x + r * p.x_stride; };
-  const int64_t ld = padded(p.depth), last = (rows - 1) / kTileRows * kTileRows;
+  const int64_t ld = row_stride_of(p.depth), last = (rows - 1) / kTileRows * kTileRows;
   // An odd row has a neighbour that is read with it, which the last one lacks.
   const bool lone = row + rows == p.rows && rows % 2 == 1;
   if constexpr (!std::is_same_v<T, float>)

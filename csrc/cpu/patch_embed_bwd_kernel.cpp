@@ -13,11 +13,10 @@ constexpr int64_t kStripEmbed = 96;    // of them at a time
 constexpr int64_t kTokens = 256;       // patches gathered at a time: with a strip, 360 KiB
 constexpr int64_t kSumColumns = 64;    // of an item that sums a packed call's tokens
 
-VITKIT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 VITKIT_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-VITKIT_INLINE int64_t depth_stride(const PatchEmbed& p) { return panels_of(p.depth) * kPanel; }
+VITKIT_INLINE int64_t depth_stride(const PatchEmbed& p) { return num_panels(p.depth) * kPanel; }
 VITKIT_INLINE int64_t z_stride(const PatchEmbed& p) {
-  return row_stride_of(panels_of(p.embed) * kPanel);
+  return row_stride_of(num_panels(p.embed) * kPanel);
 }
 
 template <typename T>
@@ -34,7 +33,7 @@ void pack_weight_rows(const PatchEmbed& p, float* panels, int64_t begin, int64_t
   with_float_type(p.type, [&](auto* element) {
     using T = std::remove_pointer_t<decltype(element)>;
     for (int64_t e = begin; e < end; ++e)
-      for (int64_t panel = 0; panel < panels_of(p.depth); ++panel) {
+      for (int64_t panel = 0; panel < num_panels(p.depth); ++panel) {
         float* to = panels + (panel * p.embed + e) * kPanel;
         std::memset(to, 0, kPanel * sizeof(float));
         weight_row<T>(p, e, panel * kPanel, smaller(kPanel, p.depth - panel * kPanel), to, nullptr);
@@ -209,7 +208,7 @@ void pack_gradient(const PatchBackward& b, int64_t e, int64_t rows, int64_t firs
 // sums (+)= strip x columns, both packed.
 void multiply_strip(const WeightScratch& s, int64_t rows, int64_t columns, int64_t tokens,
                     float* sums, int64_t stride, bool first) {
-  for (int64_t panel = 0; panel < panels_of(columns); ++panel)
+  for (int64_t panel = 0; panel < num_panels(columns); ++panel)
     for (int64_t e = 0; e < rows; e += kTileRows) {
       const int64_t tile = smaller(kTileRows, rows - e);
       const int vecs = panel_vecs(columns, panel);

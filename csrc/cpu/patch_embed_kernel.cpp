@@ -8,8 +8,6 @@
 namespace vitkit::cpu::VITKIT_ISA {
 namespace {
 
-VITKIT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // f(first token, number of tokens) for blocks [begin, end).
 template <typename F>
 void each_block(const PatchForward& forward, int64_t begin, int64_t end, const F& f) {
@@ -29,7 +27,7 @@ struct FloatScratch {
     Arena arena{static_cast<char*>(base)};
     const int64_t rows = round_rows(p.block_rows);
     a = arena.take<float>(rows * row_stride_of(p.in.depth));
-    z = arena.take<float>(rows * row_stride_of(panels_of(p.in.embed) * kPanel));
+    z = arena.take<float>(rows * row_stride_of(num_panels(p.in.embed) * kPanel));
     bytes = size_t(arena.next - static_cast<char*>(base));
   }
 };
@@ -39,7 +37,7 @@ void forward_float32(const PatchForward& forward, int64_t begin, int64_t end, vo
   const PatchEmbed& p = forward.in;
   const FloatScratch scratch(forward, base);
   const int64_t a_stride = row_stride_of(p.depth);
-  const int64_t z_stride = row_stride_of(panels_of(p.embed) * kPanel);
+  const int64_t z_stride = row_stride_of(num_panels(p.embed) * kPanel);
   each_block(forward, begin, end, [&](int64_t first, int64_t rows) {
     pack_patches<Pixel>(p, first, rows, scratch.a, a_stride);
     multiply_panels(scratch.a, a_stride, static_cast<const float*>(forward.weights), p.depth,

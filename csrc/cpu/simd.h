@@ -52,6 +52,8 @@ struct f16 {
   uint16_t bits;
 };
 
+VITKIT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // ---- scalar conversions ----
 
 VITKIT_INLINE float to_float(float x) { return x; }

@@ -6,13 +6,14 @@ where one of its kernels can run, torch's own functions where none can.
 """
 
 from vitkit.nn.attention import Attention, AttentionPoolLatent
+from vitkit.nn.convolution import Conv1d, Conv2d, Conv3d
 from vitkit.nn.dilated import DilatedAttention
 from vitkit.nn.functional import attend, group_norm_silu, layer_norm, patch_embed, why_no_kernel
 from vitkit.nn.mlp import GEGLU, GELU, Mlp, SwiGLU, SwiGLUPacked, geglu, gelu, project_gelu, swiglu
 from vitkit.nn.multihead import MultiheadAttention
 from vitkit.nn.norm import AdaLayerNorm, GroupNorm, GroupNormSiLU, LayerNorm
 from vitkit.nn.patch import PatchEmbed
-from vitkit.nn.products import Conv1d, Conv2d, Conv3d, Linear
+from vitkit.nn.products import Linear
 from vitkit.nn.residual import LayerScale, gated_residual
 from vitkit.nn.rope import RotaryEmbedding2d, rotate
 from vitkit.nn.window import WindowAttention, WindowAttentionV2, attend_windows

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from vitkit.nn.convolution import Conv2d, Conv3d
 from vitkit.nn.functional import patch_embed
-from vitkit.nn.products import Conv2d, Conv3d
 
 
 class PatchEmbed(torch.nn.Module):

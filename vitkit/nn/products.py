@@ -8,7 +8,8 @@ runs where it was measured to be faster than torch's product: on x86 CPUs whose 
 AVX2's, without gradients, from :data:`FEW_ROWS` rows on.
 
 Without AVX-512 torch multiplies bfloat16 and float16 element by element, ten times slower than
-float32 and more; convolutions a hundred times. Where no kernel takes over, these modules convert
+float32 and more; convolutions (:mod:`vitkit.nn.convolution`) a hundred times. Where no kernel takes
+over, these modules convert
 their operands, let torch multiply in float32 and round once, which is also the smaller error. It
 costs the memory of the operands in float32 while a call lasts.
 """
@@ -66,10 +67,11 @@ def _is_elsewhere(module: torch.nn.Module) -> bool:
     return bool({getattr(module, "vitkit_backend", "auto"), backends.DEFAULT} - {"auto", "cpu"})
 
 
-def _suits(
+def takes_kernel(
     module: torch.nn.Module, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> bool:
-    """Whether the kernel can, and should, compute this product."""
+    """Whether a kernel for products can, and should, compute this one: by dtype, device, backend
+    and all else but its sizes."""
     if not has_kernel(x.dtype, x.device.type) or _is_elsewhere(module):
         return False
     given = (x, weight) if bias is None else (x, weight, bias)
@@ -83,11 +85,17 @@ def _suits(
         ):
             return False
     return (
-        x.numel() >= FEW_ROWS * x.shape[-1] > 0
-        and all(t.dtype == x.dtype and t.device == x.device for t in given)
+        all(t.dtype == x.dtype and t.device == x.device for t in given)
         and not _library.differentiated(*given)
+        and not _library.in_forward_mode()
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def _suits(
+    module: torch.nn.Module, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> bool:
+    return x.numel() >= FEW_ROWS * x.shape[-1] > 0 and takes_kernel(module, x, weight, bias)
 
 
 # ---- half precision by torch's float32 ----
@@ -110,7 +118,8 @@ def _slow_on_this_cpu() -> frozenset[torch.dtype]:
     return frozenset(dtype for dtype, supported in quick.items() if not supported)
 
 
-def _widens(module: torch.nn.Module, x: torch.Tensor, weight: torch.Tensor) -> bool:
+def widens(module: torch.nn.Module, x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether torch should multiply these in float32."""
     return (
         products_are_slow(x.dtype, x.device.type)
         and weight.dtype == x.dtype
@@ -128,7 +137,7 @@ def linear(
     """``F.linear`` on the backend of ``module``."""
     if _suits(module, x, weight, bias):
         return _call(x, weight, bias)
-    if x.numel() < FEW_ROWS * x.shape[-1] or not _widens(module, x, weight):
+    if x.numel() < FEW_ROWS * x.shape[-1] or not widens(module, x, weight):
         return F.linear(x, weight, bias)
     wide = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
     return wide.to(x.dtype)
@@ -189,26 +198,3 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return linear(self, input, self.weight, self.bias)
-
-
-class _Convolution(torch.nn.modules.conv._ConvNd):
-    def _conv_forward(
-        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        forward = super()._conv_forward  # type: ignore[misc]
-        if not _widens(self, input, weight):
-            return forward(input, weight, bias)
-        wide = forward(input.float(), weight.float(), None if bias is None else bias.float())
-        return wide.to(input.dtype)
-
-
-class Conv1d(_Convolution, torch.nn.Conv1d):
-    """``torch.nn.Conv1d``, in half precision as :class:`Linear`."""
-
-
-class Conv2d(_Convolution, torch.nn.Conv2d):
-    """``torch.nn.Conv2d``, in half precision as :class:`Linear`."""
-
-
-class Conv3d(_Convolution, torch.nn.Conv3d):
-    """``torch.nn.Conv3d``, in half precision as :class:`Linear`."""

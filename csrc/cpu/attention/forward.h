@@ -21,7 +21,6 @@ constexpr int64_t kResidentBytes = 4 << 20;
 constexpr int64_t kSweepBytes = 256 << 10;
 constexpr int64_t kMaxSweepHeads = 8;
 
-VITKIT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 VITKIT_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Where a problem is cut. Depends on nothing but its own size, so that results do not depend on the

@@ -7,8 +7,6 @@
 
 namespace vitkit::cpu::VITKIT_ISA {
 
-VITKIT_INLINE int64_t num_panels(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
-
 // Floats of a packed operand with k rows of `columns` columns.
 VITKIT_INLINE int64_t panels_size(int64_t columns, int64_t k) {
   return num_panels(columns) * kPanel * k;

@@ -65,8 +65,6 @@ class Places {
   }
 
  private:
-  static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
   Place of_table() const {
     const int64_t* at = p_.places + token_ * kPlaceColumns;
     return {at[kOrigin],  at[kChannelStride], 0,     at[kRowStride], 1, at[kRows],

@@ -15,10 +15,6 @@ constexpr int64_t kDepthChunk = 256;
 // A block of 768 elements a row and its sums stay in a 512 KiB cache.
 constexpr int64_t kMostRows = 96 / kTileRows * kTileRows;
 
-VITKIT_INLINE int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
-// Rows of this length neither alias in the cache nor end where a vector would write beyond them.
-VITKIT_INLINE int64_t row_stride_of(int64_t columns) { return round_up(columns, 16) + 16; }
-
 // Elements [first, first + n) of row e of the weight, in the order of a patch's elements, times
 // their factors. Adds row times offset to *shift.
 template <typename T, typename To>
@@ -97,9 +93,9 @@ VITKIT_INLINE void pack_eight(const PatchEmbed& p, int64_t e, float* dst, float*
     shift[e + r] = (p.bias && e + r < p.embed ? p.bias[e + r] : 0.f) + offsets[r];
 }
 
-VITKIT_INLINE int64_t float32_weight_panels(const PatchEmbed& p) { return panels_of(p.embed); }
+VITKIT_INLINE int64_t float32_weight_panels(const PatchEmbed& p) { return num_panels(p.embed); }
 VITKIT_INLINE size_t float32_weight_bytes(const PatchEmbed& p) {
-  return size_t(panels_of(p.embed) * kPanel * p.depth) * sizeof(float);
+  return size_t(num_panels(p.embed) * kPanel * p.depth) * sizeof(float);
 }
 
 static void pack_weight_float32(const PatchEmbed& p, void* weights, float* shift, int64_t begin,
@@ -136,7 +132,7 @@ static void multiply_panels(const float* a, int64_t a_stride, const float* panel
                             float* c, int64_t c_stride, int64_t rows, int64_t columns) {
   for (int64_t k = 0; k < depth; k += kDepthChunk) {
     const int64_t n = depth - k < kDepthChunk ? depth - k : kDepthChunk;
-    for (int64_t panel = 0; panel < panels_of(columns); ++panel) {
+    for (int64_t panel = 0; panel < num_panels(columns); ++panel) {
       const float* b = panels + (panel * depth + k) * kPanel;
       const int vecs = panel_vecs(columns, panel);
       for (int64_t r = 0; r < rows; r += kTileRows) {

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vitkit import nn
-from vitkit.nn import products
+from vitkit.nn import convolution, products
 from vitkit.nn.multihead import attend_heads
 from vitkit.patch.rules import Replacement, Rule, swap_class
 
@@ -124,6 +124,21 @@ def _linear(module: torch.nn.Linear) -> Replacement:
     return _widened(module, products.Linear)
 
 
+def _is_conv2d(module: Any) -> bool:
+    """Of a kind, dtype and device where torch's convolution is not the quickest."""
+    if type(module) is not torch.nn.Conv2d:
+        return False
+    slow = products.products_are_slow(module.weight.dtype, module.weight.device.type)
+    return slow or convolution.has_kernel(module)
+
+
+def _conv2d(module: torch.nn.Conv2d) -> Replacement:
+    if convolution.has_kernel(module):
+        change = swap_class(module, convolution.Conv2d)
+        return Replacement("conv3x3", (change,), note="torch's own where gradients are wanted")
+    return _widened(module, convolution.Conv2d)
+
+
 def _widened(module: torch.nn.Module, twin: type[torch.nn.Module]) -> Replacement:
     return Replacement("products in float32", (swap_class(module, twin),))
 
@@ -146,7 +161,7 @@ RULES = [
     Rule(torch.nn.MultiheadAttention, "flash_attention", _multihead),
     Rule(torch.nn.TransformerEncoderLayer, "flash_attention", _encoder_layer),
     Rule(torch.nn.Linear, None, _linear, applies=_is_linear),
-    _in_float32(torch.nn.Conv1d, products.Conv1d),
-    _in_float32(torch.nn.Conv2d, products.Conv2d),
-    _in_float32(torch.nn.Conv3d, products.Conv3d),
+    Rule(torch.nn.Conv2d, None, _conv2d, applies=_is_conv2d),
+    _in_float32(torch.nn.Conv1d, convolution.Conv1d),
+    _in_float32(torch.nn.Conv3d, convolution.Conv3d),
 ]
