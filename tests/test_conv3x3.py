@@ -207,7 +207,7 @@ def test_it_runs_where_nothing_speaks_against_it(monkeypatch):
     x, frozen = torch.randn(2, 16, 6, 5), layer_of()
     layer = copy.deepcopy(frozen).requires_grad_(True)
     assert calls(frozen, x)[1] == 1 and calls(layer_of(padding="same"), x)[1] == 1
-    assert calls(layer, x)[1] == 0 and calls(frozen, x.clone().requires_grad_())[1] == 0
+    assert calls(layer, x)[1] == 1 and calls(frozen, x.clone().requires_grad_())[1] == 1
     with torch.inference_mode():
         assert calls(layer, x)[1] == 1
     assert calls(frozen, x[0])[1] == 0, "no batch"
@@ -288,22 +288,82 @@ def test_a_torch_layer_is_patched_and_back():
         assert torch.equal(twin(x), before)
 
 
+GRADIENTS = {
+    "all": (True, True, True),
+    "of_the_input": (True, False, False),
+    "of_the_layer": (False, True, True),
+    "of_the_bias": (False, False, True),
+}
+
+
+@every_dtype
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("wanted", GRADIENTS.values(), ids=GRADIENTS)
+def test_gradients(wanted, last, dtype):
+    given = operands(3, 24, 9, 7, 18, dtype)
+    grad = operands(3, 18, 9, 7, 1)[0]
+    layer = vitkit.nn.Conv2d(24, 18, 3, padding=1).to(dtype)
+
+    def gradients(values, convolve):
+        leaves = [v.detach().requires_grad_(w) for v, w in zip(values, wanted, strict=True)]
+        y = convolve(*leaves)
+        cotangent = grad.to(y.dtype)
+        cotangent = channels_last(cotangent) if last else cotangent
+        return torch.autograd.grad(y, [v for v in leaves if v.requires_grad], cotangent)
+
+    def ours(x, weight, bias):
+        y, count = calls(lambda x: layer._conv_forward(x, weight, bias), x)
+        assert count == 1
+        return y
+
+    if last:
+        given[:2] = (channels_last(t) for t in given[:2])
+    with KernelCalls() as seen:
+        found = gradients(given, ours)
+    assert seen.counts["conv3x3_fwd"]["cpu"] == 1 + wanted[0]
+    exact = gradients([t.double() for t in given], plain)
+    eager = gradients([t.float() for t in given], plain)
+    for a, e, truth in zip(found, eager, exact, strict=True):
+        assert a.dtype == dtype
+        assert_parity("gradient", a, e.to(dtype), truth, terms=9 * 24)
+
+
+def test_gradients_of_gradients():
+    given = [t.double().float() for t in operands(2, 16, 5, 4, 16)]
+    layer = vitkit.nn.Conv2d(16, 16, 3, padding=1)
+
+    def second(values, convolve):
+        leaves = [v.detach().requires_grad_() for v in values]
+        first = torch.autograd.grad(convolve(*leaves).square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    found = second(given, layer._conv_forward)
+    for a, e in zip(found, second([t.double() for t in given], plain), strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=2e-3, atol=2e-3)
+
+
 def test_a_patched_layer_trains_as_torch_does():
     model, x = Net(), torch.randn(2, 16, 9, 8)
-    model(x).sum().backward()
-    wanted = model.first.weight.grad.clone()
+    model(x).square().sum().backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
     vitkit.patch(model)
-    model(x).sum().backward()
-    assert torch.equal(model.first.weight.grad, wanted)
+    model(x).square().sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, wanted[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
-def test_it_compiles_in_one_graph(last):
-    model, x = Net().requires_grad_(False), torch.randn(2, 16, 9, 8)
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+def test_it_compiles_in_one_graph(last, train):
+    model, x = Net().requires_grad_(train), torch.randn(2, 16, 9, 8)
     if last:
         model, x = model.to(memory_format=LAST), channels_last(x)
     expected, targets = model(x), []
+    if train:
+        expected.square().sum().backward()
+        wanted = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
 
     def inductor(graph, example_inputs):
         targets.extend(str(node.target) for node in graph.graph.nodes)
@@ -313,7 +373,13 @@ def test_it_compiles_in_one_graph(last):
     torch._dynamo.reset()
     y = torch.compile(model, fullgraph=True, backend=inductor)(x)
     assert torch.allclose(y, expected, atol=1e-5)
-    assert sum("conv3x3_fwd" in t for t in targets) == 2
+    assert train or sum("conv3x3_fwd" in t for t in targets) == 2
+    if train:
+        with KernelCalls() as seen:
+            y.square().sum().backward()
+        assert seen.counts["conv3x3_fwd"]["cpu"] == 1, "the image itself has no gradient"
+        for p, w in zip(model.parameters(), wanted, strict=True):
+            torch.testing.assert_close(p.grad, w, rtol=1e-4, atol=1e-4)
     torch._dynamo.reset()
 
 

@@ -71,7 +71,7 @@ def takes_kernel(
     module: torch.nn.Module, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> bool:
     """Whether a kernel for products can, and should, compute this one: by dtype, device, backend
-    and all else but its sizes."""
+    and all else but its sizes and gradients."""
     if not has_kernel(x.dtype, x.device.type) or _is_elsewhere(module):
         return False
     given = (x, weight) if bias is None else (x, weight, bias)
@@ -86,7 +86,6 @@ def takes_kernel(
             return False
     return (
         all(t.dtype == x.dtype and t.device == x.device for t in given)
-        and not _library.differentiated(*given)
         and not _library.in_forward_mode()
         and not torch.is_autocast_enabled("cpu")
     )
@@ -95,7 +94,11 @@ def takes_kernel(
 def _suits(
     module: torch.nn.Module, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> bool:
-    return x.numel() >= FEW_ROWS * x.shape[-1] > 0 and takes_kernel(module, x, weight, bias)
+    return (
+        x.numel() >= FEW_ROWS * x.shape[-1] > 0
+        and not _library.differentiated(x, weight, bias)
+        and takes_kernel(module, x, weight, bias)
+    )
 
 
 # ---- half precision by torch's float32 ----

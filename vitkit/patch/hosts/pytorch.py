@@ -135,7 +135,7 @@ def _is_conv2d(module: Any) -> bool:
 def _conv2d(module: torch.nn.Conv2d) -> Replacement:
     if convolution.has_kernel(module):
         change = swap_class(module, convolution.Conv2d)
-        return Replacement("conv3x3", (change,), note="torch's own where gradients are wanted")
+        return Replacement("conv3x3", (change,), note="gradients of the weight are torch's own")
     return _widened(module, convolution.Conv2d)
 
 
