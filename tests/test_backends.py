@@ -121,10 +121,11 @@ def test_threads_and_forks_agree():
 import os, threading, torch, vitkit
 torch.manual_seed(0)
 q, x = torch.randn(2, 65, 4, 32), torch.randn(2, 64, 9, 9)
-linear = torch.ops.vitkit.linear_fwd
+linear, conv = torch.ops.vitkit.linear_fwd, torch.ops.vitkit.conv3x3_fwd
+w = torch.randn(40, 64, 3, 3)
 def run():
     y = linear(x.view(-1, 81), x.view(-1, 81), None, True, False)
-    return vitkit.flash_attention(q, q, q), vitkit.group_norm_silu(x, 8), y
+    return vitkit.flash_attention(q, q, q), vitkit.group_norm_silu(x, 8), y, conv(x, w, None)
 want, results = run(), []
 threads = [threading.Thread(target=lambda: results.append(run())) for _ in range(8)]
 [t.start() for t in threads]; [t.join() for t in threads]

@@ -99,7 +99,7 @@ class _Conv3x3(torch.autograd.Function):
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled():
             # A gradient of the bias, of which only the shape matters.
-            bias = weight.new_zeros(ctx.columns) if needed[2] else None
+            bias = weight.new_zeros(ctx.columns, requires_grad=True) if needed[2] else None
             return tuple(
                 _library.differentiable_backward(
                     lambda x, w, b: (F.conv2d(x, w, b, padding=1),), (x, weight, bias), (grad,),
