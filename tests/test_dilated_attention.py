@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numerics import DTYPES, assert_parity, double, eager_dilated_attention, gradients
 
 import vitkit
+import vitkit.nn
 from vitkit._memory import peak_bytes
 from vitkit.ops.dilated_attention import reference
 
@@ -240,6 +241,15 @@ def test_memory_is_a_small_multiple_of_the_input(device, dtype):
         return torch.autograd.grad(vitkit.dilated_attention(*leaves, **call), leaves, grad)
 
     assert 4 * unit < peak_bytes(train, device) <= 7 * unit
+
+
+def test_the_module_frees_what_it_has_used():
+    """At its peak there are q, k, v and the result, and what the op needs."""
+    layer = vitkit.nn.DilatedAttention(96, 4, segment_lengths=[1024, 5792], dilation_ratios=[1, 2])
+    norm, x = vitkit.nn.LayerNorm(96), torch.randn(1, 6000, 96)
+    with torch.no_grad():
+        assert torch.equal(layer(x, norm), layer(norm(x)))
+        assert peak_bytes(lambda: layer(x, norm), "cpu") <= 5.7 * x.nbytes
 
 
 def test_nan_stays_in_the_rows_that_see_it(device, backend):

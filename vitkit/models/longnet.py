@@ -109,7 +109,7 @@ class Layer(torch.nn.Module):
         self.final_layer_norm = LayerNorm(c.dim, eps=eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.self_attn(self.self_attn_layer_norm(x))
+        x = x + self.self_attn(x, self.self_attn_layer_norm)
         return x + self.ffn(self.final_layer_norm(x))
 
 

@@ -54,16 +54,17 @@ class DilatedAttention(torch.nn.Module):
         self.inner_attn_ln = LayerNorm(dim, eps=eps) if subln else None
         self.out_proj = Linear(dim, dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, N, dim] -> [B, N, dim]"""
-        q, k, v = (
-            proj(x).unflatten(-1, (self.num_heads, -1))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        out = self.attend(q, k, v).flatten(2)
+    def forward(self, x: torch.Tensor, norm: torch.nn.Module | None = None) -> torch.Tensor:
+        """x [B, N, dim] -> [B, N, dim], of norm(x) if there is one. Nothing outlives its use: of
+        long sequences every tensor counts."""
+        out = self.attend(*self._project(x if norm is None else norm(x))).flatten(2)
         if self.inner_attn_ln is not None:
             out = self.inner_attn_ln(out)
         return self.out_proj(out)
+
+    def _project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        return tuple(proj(x).unflatten(-1, (self.num_heads, -1)) for proj in projections)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """The attention itself, of [B, N, H, D]."""
