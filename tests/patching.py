@@ -75,9 +75,17 @@ def assert_same_numbers(model, inputs, kwargs=None, *, terms=1024):
     return calls
 
 
+PRODUCTS = ("linear", "conv3x3")
+
+
 def replaced(report):
     """Products apart: whether their kernel is the quickest depends on the CPU."""
-    return [r for r in report.replaced if not r.by.startswith(("linear", "conv3x3"))]
+    return [r for r in report.replaced if not r.by.startswith(PRODUCTS)]
+
+
+def counts(calls):
+    """Kernel calls by operator and backend, products apart."""
+    return {op: by for op, by in calls.counts.items() if not op.startswith(PRODUCTS)}
 
 
 def snapshot(model):
