@@ -8,6 +8,7 @@ import torch
 from numerics import assert_parity
 
 import vitkit
+from vitkit.nn import products
 from vitkit.verify import KernelCalls
 
 
@@ -106,3 +107,23 @@ def _inner(module):
         for key, value in module.__dict__.items()
         if isinstance(value, dict)
     }
+
+
+def counted(op, layer, x):
+    """layer(x), and how often that calls the operator's CPU kernel."""
+    with KernelCalls() as seen:
+        y = layer(x)
+    return y, seen.counts.get(f"{op}_fwd", {}).get("cpu", 0)
+
+
+def assert_it_runs_where_it_should(op, frozen, x, monkeypatch):
+    """What kernels of products share: autocast, other backends and other CPUs are not theirs."""
+    assert counted(op, frozen, x)[1] == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert counted(op, frozen, x)[1] == 0
+    for backend, expected in (("reference", 0), ("triton", 0), ("cpu", 1)):
+        frozen.vitkit_backend = backend
+        assert counted(op, frozen, x)[1] == expected
+    del frozen.vitkit_backend
+    monkeypatch.setattr(products, "_is_quick_on_this_cpu", lambda: False)
+    assert counted(op, frozen, x)[1] == 0

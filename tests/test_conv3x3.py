@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
 from numerics import DTYPES, assert_parity
+from patching import assert_it_runs_where_it_should, counted
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitkit
@@ -18,6 +20,7 @@ from vitkit.verify import KernelCalls
 
 OP = torch.ops.vitkit.conv3x3_fwd
 LAST = torch.channels_last
+calls = functools.partial(counted, "conv3x3")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
@@ -197,12 +200,6 @@ def test_flops_are_those_torch_counts():
 # ---- when it runs ----
 
 
-def calls(layer, x):
-    with KernelCalls() as seen:
-        y = layer(x)
-    return y, seen.counts.get("conv3x3_fwd", {}).get("cpu", 0)
-
-
 def test_it_runs_where_nothing_speaks_against_it(monkeypatch):
     x, frozen = torch.randn(2, 16, 6, 5), layer_of()
     layer = copy.deepcopy(frozen).requires_grad_(True)
@@ -213,14 +210,7 @@ def test_it_runs_where_nothing_speaks_against_it(monkeypatch):
     assert calls(frozen, x[0])[1] == 0, "no batch"
     assert calls(frozen, x[:, :, :1])[1] == 0, "a row"
     assert calls(copy.deepcopy(frozen).double(), x.double())[1] == 0
-    with torch.autocast("cpu", torch.bfloat16):
-        assert calls(frozen, x)[1] == 0
-    for backend, expected in (("reference", 0), ("triton", 0), ("cpu", 1)):
-        frozen.vitkit_backend = backend
-        assert calls(frozen, x)[1] == expected
-    del frozen.vitkit_backend
-    monkeypatch.setattr(products, "_is_quick_on_this_cpu", lambda: False)
-    assert calls(frozen, x)[1] == 0
+    assert_it_runs_where_it_should("conv3x3", frozen, x, monkeypatch)
 
 
 OTHERS = {

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from numerics import DTYPES, assert_parity
+from patching import assert_it_runs_where_it_should, counted
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitkit
@@ -16,6 +18,7 @@ from vitkit.nn import products
 from vitkit.verify import KernelCalls
 
 OP = torch.ops.vitkit.linear_fwd
+calls = functools.partial(counted, "linear")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
@@ -164,12 +167,6 @@ def test_flops_are_those_of_the_product():
 # ---- when it runs ----
 
 
-def calls(layer, x):
-    with KernelCalls() as seen:
-        y = layer(x)
-    return y, seen.counts.get("linear_fwd", {}).get("cpu", 0)
-
-
 def test_it_runs_where_nothing_speaks_against_it(monkeypatch):
     layer = vitkit.nn.Linear(16, 8)
     x = torch.randn(3, products.FEW_ROWS, 16)
@@ -183,14 +180,7 @@ def test_it_runs_where_nothing_speaks_against_it(monkeypatch):
     assert calls(frozen, x[0, 1:])[1] == 0, "too few rows"
     assert calls(frozen.double(), x.double())[1] == 0
     frozen = frozen.float()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert calls(frozen, x)[1] == 0
-    for backend, expected in (("reference", 0), ("triton", 0), ("cpu", 1)):
-        frozen.vitkit_backend = backend
-        assert calls(frozen, x)[1] == expected
-    del frozen.vitkit_backend
-    monkeypatch.setattr(products, "_is_quick_on_this_cpu", lambda: False)
-    assert calls(frozen, x)[1] == 0
+    assert_it_runs_where_it_should("linear", frozen, x, monkeypatch)
 
 
 def test_transforms_and_subclasses_are_torchs():

@@ -1,5 +1,5 @@
 """Shapes of vitkit.nn.Conv2d, 3 x 3: convolutions of the DDPM and Stable Diffusion U-Nets and of
-the KL-VAE. Forward only: with gradients the layer is torch's."""
+the KL-VAE. Forward only: the gradient of the input is another such convolution."""
 
 from __future__ import annotations
 

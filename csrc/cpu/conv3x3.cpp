@@ -8,9 +8,9 @@
 #include <vector>
 
 #include "attention/inputs.h"
-#include "attention/schedule.h"
 #include "isa.h"
 #include "memory.h"
+#include "panel_items.h"
 #include "rows.h"
 #include "small_tensor.h"
 
@@ -37,15 +37,9 @@ void cut(Conv3x3Forward& p, const Conv3x3Kernels& kernels, int64_t threads) {
 
   const int64_t panels = divide_up(p.columns, kernels.panel);
   const int64_t bytes = 16 * panels * kernels.panel * p.channels * int64_t(sizeof(float));
-  int64_t groups = std::min(panels, divide_up(bytes, kGroupBytes));
-  int64_t ranges = 1;
-  if (threads > 1) {
-    const int64_t wanted = kItemsPerThread * threads;
-    ranges =
-        std::clamp<int64_t>(p.samples * per_sample / kLeastTiles, 1, divide_up(wanted, groups));
-    groups = std::min(panels, std::max(groups, divide_up(wanted, ranges)));
-    if (ranges == 1) groups = std::min(panels, divide_up(groups, threads) * threads);
-  }
+  const auto [groups, ranges] =
+      share_panels(panels, divide_up(bytes, kGroupBytes), p.samples * per_sample / kLeastTiles,
+                   threads, kItemsPerThread);
   p.group_panels = divide_up(panels, groups);
   p.range_blocks = divide_up(p.blocks(), ranges);
 }
@@ -96,10 +90,7 @@ Tensor conv3x3_forward(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   const Conv3x3Kernels& kernels = conv3x3_kernels();
   const int64_t threads = threads_for(18. * double(y.numel()) * double(p.channels));
   cut(p, kernels, threads);
-  const int64_t groups = divide_up(p.columns, p.group_panels * kernels.panel);
-  run_items(
-      groups * p.ranges(), threads, kernels.scratch_bytes(p),
-      [&](int64_t item, void* scratch, int64_t) { kernels.forward(p, item, item + 1, scratch); });
+  run_panel_items(p, kernels, threads);
   return y;
 }
 

@@ -4,13 +4,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <vector>
 
 #include "attention/inputs.h"
-#include "attention/schedule.h"
 #include "isa.h"
 #include "memory.h"
+#include "panel_items.h"
 #include "small_tensor.h"
 
 VITKIT_ISA_TABLE(LinearKernels, linear_kernels)
@@ -27,15 +26,9 @@ constexpr int64_t kItemsPerThread = 4;
 // How the work is cut changes no result: every sum is taken in one order.
 void cut(LinearForward& p, const LinearKernels& kernels, int64_t threads) {
   const int64_t panels = divide_up(p.columns, kernels.panel);
-  int64_t groups =
-      std::min(panels, divide_up(p.columns * p.depth * int64_t(sizeof(float)), kGroupBytes));
-  int64_t ranges = 1;
-  if (threads > 1) {
-    const int64_t wanted = kItemsPerThread * threads;
-    ranges = std::clamp<int64_t>(p.rows / kLeastRows, 1, divide_up(wanted, groups));
-    groups = std::min(panels, std::max(groups, divide_up(wanted, ranges)));
-    if (ranges == 1) groups = std::min(panels, divide_up(groups, threads) * threads);
-  }
+  const int64_t bytes = p.columns * p.depth * int64_t(sizeof(float));
+  const auto [groups, ranges] = share_panels(panels, divide_up(bytes, kGroupBytes),
+                                             p.rows / kLeastRows, threads, kItemsPerThread);
   p.group_panels = divide_up(panels, groups);
   p.range_rows = divide_up(divide_up(p.rows, ranges), kernels.row_step) * kernels.row_step;
 }
@@ -75,10 +68,7 @@ Tensor linear_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, bool 
   const LinearKernels& kernels = linear_kernels();
   const int64_t threads = threads_for(2. * double(p.rows) * double(p.depth) * double(p.columns));
   cut(p, kernels, threads);
-  const int64_t groups = divide_up(p.columns, p.group_panels * kernels.panel);
-  run_items(
-      groups * p.ranges(), threads, kernels.scratch_bytes(p),
-      [&](int64_t item, void* scratch, int64_t) { kernels.forward(p, item, item + 1, scratch); });
+  run_panel_items(p, kernels, threads);
   return y;
 }
 

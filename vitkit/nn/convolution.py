@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 from vitkit import _library
 from vitkit.nn import products
+from vitkit.ops.group_norm_silu import _channels_last
 
 # Channels of x and of the result below which the transforms cost more than the products save.
 LEAST_CHANNELS = 16
@@ -38,9 +39,9 @@ LEAST_CHANNELS = 16
 def _fwd_fake(x, weight, bias):
     n, _, height, width = x.shape
     sizes = (n, weight.shape[0], height, width)
-    if x.is_contiguous() or not x.movedim(1, -1).is_contiguous():
-        return x.new_empty(sizes)
-    return x.new_empty((n, height, width, sizes[1])).movedim(-1, 1)
+    if _channels_last(x):
+        return x.new_empty((n, height, width, sizes[1])).movedim(-1, 1)
+    return x.new_empty(sizes)
 
 
 def _fwd_flops(x_shape, weight_shape, *args, **kwargs) -> int:
